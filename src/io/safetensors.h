@@ -1,0 +1,55 @@
+// Memory-mapped safetensors: a single model.safetensors or shards listed by model.safetensors.index.json.
+#ifndef TRIAXIAL_IO_SAFETENSORS_H_
+#define TRIAXIAL_IO_SAFETENSORS_H_
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/file.h"
+#include "base/status.h"
+
+namespace triaxial {
+
+enum class DType : uint8_t { kF32, kBf16, kF16 };
+std::string_view Name(DType dtype);  // "F32", "BF16", "F16"
+inline int64_t ByteSize(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// A row-major tensor inside a mapping; the Checkpoint owns the bytes. `data` need not be aligned to the
+// element size.
+struct TensorView {
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;
+  const uint8_t* data = nullptr;
+  int64_t elements = 0;
+  std::string_view file;  // path of the shard, for messages
+};
+
+// Copies all elements as F32. `out` has view.elements elements.
+void CopyToF32(const TensorView& view, float* out);
+
+class Checkpoint {
+ public:
+  // Maps every shard and validates every header (bounds, overlaps, dtypes, sizes) before any tensor can be
+  // asked for. Errors: NotFound (no weights, missing shard), DataLoss (truncated), InvalidArgument
+  // (malformed); each names the file and, where there is one, the tensor.
+  static Result<Checkpoint> Open(const std::string& directory);
+
+  // The tensor `name` with exactly `shape`; NotFound or InvalidArgument naming file, tensor, expected and
+  // found shape.
+  Result<TensorView> Get(std::string_view name, const std::vector<int64_t>& shape) const;
+  bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
+  // All tensors by name, sorted.
+  const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
+
+ private:
+  std::string directory_;
+  std::vector<MappedFile> files_;
+  std::map<std::string, TensorView, std::less<>> tensors_;
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_IO_SAFETENSORS_H_
