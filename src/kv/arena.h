@@ -1,0 +1,66 @@
+// One byte arena for all formats: equal units, blocks as runs of unit rows. Allocation is pure bookkeeping
+// (UnitAllocator); the CPU's memory is KvArena.
+#ifndef TRIAXIAL_KV_ARENA_H_
+#define TRIAXIAL_KV_ARENA_H_
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+
+#include "base/status.h"
+#include "kv/format.h"
+
+namespace triaxial {
+
+// Runs of unit rows in [0, total). Best fit with coalescing; large (BF16) runs are taken from the top so that
+// they do not cut the space of the small ones.
+class UnitAllocator {
+ public:
+  explicit UnitAllocator(int64_t total_rows);
+  // First row of a free run of `rows`, or nullopt if no run is long enough (free_rows() may still be larger:
+  // compact).
+  std::optional<uint32_t> Allocate(int rows, bool from_top);
+  void Free(uint32_t row, int rows);
+  int64_t total_rows() const { return total_; }
+  int64_t free_rows() const { return free_; }
+  int64_t largest_run() const;
+
+ private:
+  int64_t total_;
+  int64_t free_;
+  std::map<uint32_t, uint32_t> by_row_;                // free runs: row -> length
+  std::set<std::pair<uint32_t, uint32_t>> by_length_;  // the same: (length, row)
+};
+
+// The memory behind the rows on the CPU: num_layers regions of total_rows * UnitRowBytes, zero-filled lazily
+// by the kernel.
+class KvArena {
+ public:
+  // `bytes` is rounded down to whole unit rows over all layers. ResourceExhausted if the machine refuses it,
+  // InvalidArgument if it is less than one BF16 block.
+  static Result<KvArena> Create(const KvGeometry& geometry, int64_t bytes);
+  KvArena(KvArena&& other) noexcept;
+  KvArena& operator=(KvArena&& other) noexcept;
+  ~KvArena();
+
+  const KvGeometry& geometry() const { return geometry_; }
+  int64_t total_rows() const { return rows_; }
+  int64_t bytes() const { return rows_ * UnitRowBytes(geometry_) * geometry_.num_layers; }
+  // Start of a layer's region; unit row r lies at LayerData(l) + r * UnitRowBytes(geometry()).
+  uint8_t* LayerData(int layer) { return data_ + layer * rows_ * UnitRowBytes(geometry_); }
+  const uint8_t* LayerData(int layer) const { return data_ + layer * rows_ * UnitRowBytes(geometry_); }
+  // Copies a block's rows (all layers) to another place; source and destination may overlap.
+  void Move(uint32_t from_row, uint32_t to_row, int rows);
+
+ private:
+  KvArena() = default;
+  KvGeometry geometry_;
+  int64_t rows_ = 0;
+  uint8_t* data_ = nullptr;
+  size_t mapped_bytes_ = 0;
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_KV_ARENA_H_

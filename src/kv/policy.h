@@ -1,0 +1,53 @@
+// A policy says which format a token's tag deserves. It never sees a page: (tag) -> format.
+#ifndef TRIAXIAL_KV_POLICY_H_
+#define TRIAXIAL_KV_POLICY_H_
+
+#include <array>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/json.h"
+#include "base/status.h"
+#include "kv/format.h"
+#include "kv/tag.h"
+
+namespace triaxial {
+
+struct PolicyRule {
+  std::string match;  // "temporal/modal/semantic", "*" for any; "{a,b}" for one of several
+  Format format = Format::kBf16;
+};
+
+struct Policy {
+  std::string name;
+  std::string description;
+  std::vector<PolicyRule> rules;  // first match wins
+  int recent_window = 0;          // the newest tokens, rounded up to blocks, stay bf16 whatever their tags
+  std::array<Format, kTags> table{};  // the rules, resolved for every tag
+
+  Format FormatOf(const Tag& tag) const { return table[static_cast<size_t>(tag.index())]; }
+};
+
+inline constexpr int kPolicyVersion = 1;
+
+// Built-in names: "bf16", "int4", "int2", "kivi", "paper".
+std::vector<std::string_view> BuiltinPolicies();
+// A built-in by name, else a JSON file:
+//   {"version": 1, "name": "...", "description": "...", "rules": [{"match": "*/image/*", "format": "k2v2"},
+//   ...],
+//    "recent_window": 0}
+// Every tag must be matched by some rule. Errors name the file, the field and the remedy; unknown fields are
+// errors.
+Result<Policy> LoadPolicy(const std::string& name_or_path);
+Result<Policy> ParsePolicy(const Json& json, std::string_view what);
+Json PolicyToJson(const Policy& policy);
+
+// The format of a block whose tokens wish for `wishes` (1 to 64 of them). See docs/kv-format.md, "what a
+// block takes".
+Format BlockFormat(std::span<const Format> wishes);
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_KV_POLICY_H_
