@@ -1,0 +1,77 @@
+// What a client asks of the engine, and what it hears back.
+#ifndef TRIAXIAL_ENGINE_REQUEST_H_
+#define TRIAXIAL_ENGINE_REQUEST_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+#include "kv/cache.h"
+#include "text/prompt.h"
+
+namespace triaxial {
+
+using RequestId = int64_t;
+
+struct SamplingParams {
+  float temperature = 0;  // 0: greedy
+  float top_p = 1;
+  int top_k = 0;  // 0: off
+  float min_p = 0;
+  uint64_t seed = 0;
+  bool has_seed = false;  // without one, the engine draws it
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  float repetition_penalty = 1;
+  int max_tokens = 0;                   // 0: up to the model's length
+  std::vector<int32_t> stop_token_ids;  // besides the model's own
+  bool ignore_eos = false;
+  int logprobs = -1;  // top alternatives per token to report; -1: none
+};
+
+// InvalidArgument naming the field, its value and the range it must lie in.
+Status Validate(const SamplingParams& params);
+
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+};
+
+enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };
+
+struct RequestStats {
+  int32_t prompt_tokens = 0;
+  int32_t cached_tokens = 0;
+  int32_t completion_tokens = 0;
+  KvUsage kv;  // the request's blocks when it finished
+  double effective_bits = 0;
+  double queue_seconds = 0;
+  double ttft_seconds = 0;
+  double total_seconds = 0;
+};
+
+// A generated token, or the end. `token` is -1 where an event carries only an end (cancel, error, length 0).
+struct TokenEvent {
+  RequestId id = 0;
+  int32_t token = -1;
+  float logprob = 0;
+  std::vector<TokenLogprob> top;  // as many as asked for, best first
+  FinishReason finish = FinishReason::kNone;
+  Status error;        // for kError
+  RequestStats stats;  // when finish != kNone
+};
+
+struct Request {
+  Prompt prompt;
+  SamplingParams sampling;
+  bool starts_in_thought = false;  // for the tags of generated tokens
+  // Called on the engine thread for every event, the last of which has finish != kNone. Must not block.
+  std::function<void(TokenEvent&&)> on_event;
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_ENGINE_REQUEST_H_

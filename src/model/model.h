@@ -1,0 +1,52 @@
+// Qwen3 and Qwen3-VL: a decoder and, for VL, a vision tower, as straight-line calls of ops.
+#ifndef TRIAXIAL_MODEL_MODEL_H_
+#define TRIAXIAL_MODEL_MODEL_H_
+
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "io/image_processor.h"
+#include "io/model_config.h"
+#include "kv/arena.h"
+#include "kv/calibration.h"
+#include "model/batch.h"
+
+namespace triaxial {
+
+enum class Precision {
+  kBf16,  // weights and matrix-product inputs in BF16, sums in F32 (AVX-512-BF16 or AMX where the machine has
+          // them)
+  kF32,   // everything in F32: the reference mode
+};
+
+struct ModelOptions {
+  Precision precision = Precision::kBf16;
+  bool dummy_weights = false;  // random weights of config.json's shapes, nothing else is read
+  Codec codec = Codec::kRotated;
+};
+
+// Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.
+class Model {
+ public:
+  // Errors name file, tensor, expected and found; see io/safetensors.h and io/model_config.h.
+  static Result<std::unique_ptr<Model>> Load(const std::string& directory, const ModelOptions& options);
+  virtual ~Model() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual KvGeometry geometry() const = 0;
+  virtual const KvCalibration& calibration() const = 0;
+  // Parameters of decoder and vision tower, and bytes of weights read by one decode step.
+  virtual int64_t parameters() const = 0;
+  virtual int64_t decode_weight_bytes() const = 0;
+
+  // Runs one step: reads and writes the cache in `arena` as the batch says, and leaves logits
+  // [batch.logits_rows.size()][vocab_size] F32 in `logits`. Token ids must be in range (CHECK).
+  virtual void Forward(const Batch& batch, KvArena* arena, float* logits) = 0;
+  // The vision tower on one image; only for models with vision (CHECK).
+  virtual VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) = 0;
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_MODEL_MODEL_H_
