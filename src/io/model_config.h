@@ -76,9 +76,10 @@ struct PreprocessorConfig {
   std::array<float, 3> image_std = {0.5f, 0.5f, 0.5f};
 };
 
-// Each reads one file of `directory`. Errors name the file, the field, what was expected and what was found:
-// NotFound, InvalidArgument. The two optional files yield their defaults when they do not exist; eos ids then
-// come from config.json.
+// From config.json, generation_config.json and preprocessor_config.json of `directory`. Errors name the file,
+// the field, what was expected and what was found: NotFound, InvalidArgument. The two optional files yield
+// their defaults when they do not exist; eos ids then come from config.json. The last two functions read
+// config.json as well, because token ids must be in its vocabulary and patches those of its vision tower.
 Result<ModelConfig> LoadModelConfig(const std::string& directory);
 Result<GenerationConfig> LoadGenerationConfig(const std::string& directory);
 Result<PreprocessorConfig> LoadPreprocessorConfig(const std::string& directory);

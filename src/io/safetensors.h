@@ -32,22 +32,29 @@ void CopyToF32(const TensorView& view, float* out);
 
 class Checkpoint {
  public:
-  // Maps every shard and validates every header (bounds, overlaps, dtypes, sizes) before any tensor can be
-  // asked for. Errors: NotFound (no weights, missing shard), DataLoss (truncated), InvalidArgument
-  // (malformed); each names the file and, where there is one, the tensor.
+  // Maps model.safetensors or, if there is none, every shard that the index names, and validates every header
+  // (bounds, overlaps, holes, sizes) before any tensor can be asked for. Tensors of dtypes other than DType's
+  // are an error only when they are asked for. Errors: NotFound (no weights, missing shard), DataLoss
+  // (truncated), InvalidArgument (malformed); each names the file and, where there is one, the tensor.
   static Result<Checkpoint> Open(const std::string& directory);
 
   // The tensor `name` with exactly `shape`; NotFound or InvalidArgument naming file, tensor, expected and
   // found shape.
   Result<TensorView> Get(std::string_view name, const std::vector<int64_t>& shape) const;
-  bool Has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
-  // All tensors by name, sorted.
+  // Whether the files hold `name`, in a dtype that can be read or not.
+  bool Has(std::string_view name) const { return tensors_.contains(name) || unreadable_.contains(name); }
+  // All tensors that can be read by name, sorted.
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
 
  private:
+  // Adds the tensors of `file` that `wanted(name)` accepts. `file` must not move afterwards.
+  template <typename Predicate>
+  Status AddShard(const MappedFile& file, const Predicate& wanted);
+
   std::string directory_;
   std::vector<MappedFile> files_;
   std::map<std::string, TensorView, std::less<>> tensors_;
+  std::map<std::string, std::string, std::less<>> unreadable_;  // name to the error that Get returns
 };
 
 }  // namespace triaxial

@@ -1,0 +1,56 @@
+// For tests only: throw-away directories and safetensors files made byte by byte.
+#ifndef TRIAXIAL_IO_CHECKPOINT_TESTING_H_
+#define TRIAXIAL_IO_CHECKPOINT_TESTING_H_
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <string_view>
+
+namespace triaxial {
+
+// A directory that exists as long as the object does.
+class TempDir {
+ public:
+  TempDir() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "triaxial-test-XXXXXX").string();
+    if (mkdtemp(pattern.data()) == nullptr) ADD_FAILURE() << "cannot create " << pattern;
+    path_ = pattern;
+  }
+  TempDir(const TempDir&) = delete;
+  TempDir& operator=(const TempDir&) = delete;
+  ~TempDir() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+
+  const std::string& path() const { return path_; }
+  std::string File(std::string_view name) const { return path_ + "/" + std::string(name); }
+  void Write(std::string_view name, std::string_view bytes) const {
+    std::ofstream out(File(name), std::ios::binary | std::ios::trunc);
+    out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    if (!out.flush()) ADD_FAILURE() << "cannot write " << File(name);
+  }
+
+ private:
+  std::string path_;
+};
+
+inline std::string LittleEndian64(uint64_t value) {
+  std::string bytes;
+  for (int i = 0; i < 8; ++i) bytes += static_cast<char>(value >> (8 * i));
+  return bytes;
+}
+
+// A safetensors file of this header and this data, whether they make sense or not.
+inline std::string SafetensorsFile(std::string_view header, std::string_view data) {
+  return LittleEndian64(header.size()) + std::string(header) + std::string(data);
+}
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_IO_CHECKPOINT_TESTING_H_
