@@ -11,7 +11,8 @@ function(triaxial_library name)
 endfunction()
 
 # triaxial_test(kv_codec_test LABEL unit SOURCES kv/codec_test.cc DEPS kv): one CTest test per GoogleTest binary.
-# Tests run in the source root, so that models/ and tests/data are found by relative path.
+# Tests run in the source root, so that models/ and tests/data are found by relative path. The target tests_unit builds
+# all tests of the label unit, and so on.
 function(triaxial_test name)
   cmake_parse_arguments(ARG "" "LABEL;TIMEOUT" "SOURCES;DEPS;LIBS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
@@ -26,5 +27,9 @@ function(triaxial_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 300)
   endif()
+  if(NOT TARGET tests_${ARG_LABEL})
+    add_custom_target(tests_${ARG_LABEL})
+  endif()
+  add_dependencies(tests_${ARG_LABEL} ${name})
   set_tests_properties(${name} PROPERTIES LABELS ${ARG_LABEL} TIMEOUT ${ARG_TIMEOUT})
 endfunction()

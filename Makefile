@@ -1,0 +1,63 @@
+# One word for each thing one does with TriAxial. Every target installs what it needs (Debian 12, apt), configures a
+# CMake preset and builds; `cmake --preset` and `ctest --preset` do the same by hand.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help build demo serve test test-unit format format-check tidy clean setup-build setup-test setup-tidy configure-release
+
+BINARY := build/release/triaxial
+DEMO := tools/demo.sh
+SOURCES := git ls-files '*.cc' '*.h' '*.cu' '*.cuh'
+# What `make tidy` compares with: the files changed since then are checked.
+BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || echo HEAD~)
+
+help:
+	@echo "make demo       build, then play recorded agent sessions against the server and compare KV formats"
+	@echo "make serve      build, then serve the pocket agent over HTTP; ARGS=\"--port 8000 --model DIR\""
+	@echo "make build      build the one binary, $(BINARY)"
+	@echo "make test       everything that CI runs: format check, all tests, parsers and cache under sanitizers"
+	@echo "make test-unit  the unit tests, in under a minute once built"
+	@echo "make format     reformat all sources in place"
+	@echo "make tidy       clang-tidy on the files changed since BASE=$(BASE); ALL=1 for every file"
+	@echo "make clean      remove build/"
+
+build: configure-release
+	cmake --build --preset release --target triaxial
+
+demo: build
+	$(DEMO)
+
+serve: build
+	$(BINARY) serve $(ARGS)
+
+test: setup-test format-check configure-release
+	cmake --build --preset release
+	ctest --preset release
+	cmake --preset asan
+	cmake --build --preset asan --target tests_unit tests_fuzz
+	ctest --preset asan
+
+test-unit: configure-release
+	cmake --build --preset release --target tests_unit
+	ctest --preset release -L unit
+
+format: setup-test
+	$(SOURCES) | xargs -r clang-format -i
+
+format-check: setup-test
+	@echo "checking the format of all sources (make format repairs it)"
+	@$(SOURCES) | xargs -r clang-format --dry-run --Werror
+
+tidy: setup-tidy configure-release
+	files=$$($(if $(ALL),git ls-files,git diff --name-only --diff-filter=d $(BASE) --) '*.cc'); \
+	if [ -n "$$files" ]; then clang-tidy -p build/release --quiet $$files; else echo "no changed sources"; fi
+
+clean:
+	rm -rf build
+
+configure-release: setup-build
+	cmake --preset release
+
+setup-build setup-test setup-tidy: setup-%:
+	@tools/setup.sh $*
