@@ -1,5 +1,16 @@
 // The scalar codec: the specification of what every backend stores, bit for bit (docs/kv-format.md). Slow on
 // purpose.
+//
+// All arithmetic is F32, each operation rounded to nearest even by itself (no fused multiply-add), with
+// subnormals kept. One group of values x is quantized to `bits` like this:
+//   x'      = x clamped to [-65504, 65504]; NaN becomes 0, -0 becomes +0
+//   lo, hi  = min(x'), max(x')
+//   trim    = (hi - lo) * ((1 - clip) * 0.5);  lo = lo + trim;  hi = hi - trim
+//   scale   = fp16((hi - lo) / (2^bits - 1));  minimum = fp16(lo)
+//   inverse = scale == 0 ? 0 : 1 / scale       (from here on with the FP16 values)
+//   code    = rint(min(max((x' - minimum) * inverse, 0), 2^bits - 1)), ties to even
+// and decoded to minimum + scale * code, where the product is exact. Metadata is thus always finite and scale
+// never negative, whatever the input. BF16 sides keep what they are given, NaN and infinity included.
 #ifndef TRIAXIAL_KV_CODEC_H_
 #define TRIAXIAL_KV_CODEC_H_
 
@@ -9,29 +20,36 @@
 
 namespace triaxial {
 
-// Fractions of the min-max range that 2-bit sides of the rotated codec keep (centred); values outside
-// saturate. The 4-bit sides and the paper codec keep the whole range. Part of the checkpoint's KV
-// calibration.
+// Fractions of the min-max range that 2-bit sides of the rotated codec keep (centred), in [kMinClip, 1];
+// values outside saturate. The 4-bit sides and the paper codec keep the whole range. Part of the checkpoint's
+// KV calibration.
 struct ClipRatios {
   float k2 = 1.0f;
   float v2 = 1.0f;
   bool operator==(const ClipRatios&) const = default;
 };
+inline constexpr float kMinClip = 0.5f;
 
-// Quantizes one head of one block. `k` and `v` are [tokens][head_dim] row-major F32, already rotated if the
-// codec is kRotated; tokens in [1, 64]. Codes and metadata of tokens past `tokens` are zero. `out` has
-// HeadBytes(g, f) bytes. For one group with values x: lo = min, hi = max (clipped about their centre), scale
-// = fp16((hi - lo) / (2^bits - 1)), minimum = fp16(lo), code = clamp(rint((x - minimum) / scale)) with the
-// FP16 values, ties to even; a zero scale codes 0.
+// The clip ratio that applies to a side.
+constexpr float ClipOf(const KvGeometry& g, const ClipRatios& clip, Side side, int bits) {
+  if (g.codec != Codec::kRotated || bits != 2) return 1.0f;
+  return side == Side::kK ? clip.k2 : clip.v2;
+}
+
+// Quantizes one head of one block. `k` and `v` are F32, `tokens` (1 to 64) rows of head_dim values, each row
+// `row_stride` floats after the one before, already rotated if the codec is kRotated. `out` has HeadBytes(g,
+// f) bytes. Codes and metadata of tokens past `tokens` are zero; groups along tokens hold the existing tokens
+// only.
 void EncodeBlockScalar(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
                        int64_t row_stride, int tokens, uint8_t* out);
 
-// The inverse: [tokens][head_dim] F32 of one side. Value = minimum + scale * code, in F32.
+// The inverse: [tokens][head_dim] F32 of one side.
 void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens,
                       float* out);
 
 // In-place orthonormal Walsh-Hadamard transform of one head (its own inverse): x <- H x / sqrt(head_dim).
-// Butterflies run from distance 1 up, in F32, scaled at the end, so that every backend gets the same bits.
+// Butterflies (a, b) -> (a + b, a - b) run from distance 1 up, in F32, then each value is multiplied by the
+// F32 nearest to 1 / sqrt(head_dim), so that every backend gets the same bits.
 void HadamardScalar(float* x, int head_dim);
 
 }  // namespace triaxial

@@ -107,6 +107,13 @@ constexpr int PlaceOfBf16(int depth, int lane, int lanes) {
   return (depth / 2 * lanes + lane) * 2 + depth % 2;
 }
 
+// Index of an element's group among the scales (and among the minima) of its side.
+constexpr int PlaceOfMeta(const KvGeometry& g, Side side, int bits, int token, int channel) {
+  if (g.codec == Codec::kRotated) return token;
+  if (side == Side::kK && bits == 2) return token / kPaperGroup * g.head_dim + channel;
+  return channel / kPaperGroup * kBlockTokens + token;
+}
+
 static_assert(UnitsOf({1, 1, 128, Codec::kRotated}, Format::kK2V2) == 18);
 
 }  // namespace triaxial
