@@ -76,8 +76,9 @@ class KvCache {
   // Call once after the kernels of a step ran.
   void FinishStep();
 
-  // The sequence's blocks sorted by format (tail last among bf16), as of now. Valid until its next Append or
-  // FreeSequence.
+  // The sequence's blocks sorted by format (tail last among bf16). Between Append and FinishStep it is what
+  // the step's attention reads: the converts of that Append done, its tokens not yet in it. From FinishStep on
+  // it has them. Valid until FinishStep, Compact or FreeSequence; at most one Append per sequence and step.
   std::span<const KvBlockRef> View(SequenceId id) const;
   int32_t Length(SequenceId id) const;
   // Its blocks in order of position, the tail last.

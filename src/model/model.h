@@ -36,6 +36,8 @@ class Model {
   virtual const ModelConfig& config() const = 0;
   virtual KvGeometry geometry() const = 0;
   virtual const KvCalibration& calibration() const = 0;
+  // True if the weights are random (ModelOptions::dummy_weights): fidelity means nothing, sizes and speed do.
+  virtual bool dummy_weights() const { return false; }
   // Parameters of decoder and vision tower, and bytes of weights read by one decode step.
   virtual int64_t parameters() const = 0;
   virtual int64_t decode_weight_bytes() const = 0;
