@@ -44,8 +44,9 @@ Result<Policy> LoadPolicy(const std::string& name_or_path);
 Result<Policy> ParsePolicy(const Json& json, std::string_view what);
 Json PolicyToJson(const Policy& policy);
 
-// The format of a block whose tokens wish for `wishes` (1 to 64 of them). See docs/kv-format.md, "what a
-// block takes".
+// The format of a block whose tokens wish for `wishes` (1 to 64 of them; more is fine): the median wish in
+// the order of Format, that is, by bits; a tie takes the more precise one. So at most half of a block's
+// tokens get less than they wish, and at most half get more.
 Format BlockFormat(std::span<const Format> wishes);
 
 }  // namespace triaxial
