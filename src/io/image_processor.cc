@@ -26,14 +26,19 @@ ImagePatches CutPatches(const Image& image, const PreprocessorConfig& config) {
   patches.grid_w = image.width / patch;
   patches.samples.resize(image.rgb.size());
   uint8_t* out = patches.samples.data();
+  const size_t plane = static_cast<size_t>(patch) * patch;
   const auto copy_patch = [&](int row, int column) {
-    for (int c = 0; c < kChannels; ++c) {
-      for (int y = 0; y < patch; ++y) {
-        const size_t pixel = (static_cast<size_t>(row) * patch + y) * image.width + column * patch;
-        const uint8_t* in = &image.rgb[pixel * kChannels + c];
-        for (int x = 0; x < patch; ++x, in += kChannels) *out++ = *in;
+    for (int y = 0; y < patch; ++y) {
+      const size_t pixel = (static_cast<size_t>(row) * patch + y) * image.width + column * patch;
+      const uint8_t* in = &image.rgb[pixel * kChannels];
+      uint8_t* to = out + y * patch;
+      for (int x = 0; x < patch; ++x, in += kChannels, ++to) {
+        to[0] = in[0];
+        to[plane] = in[1];
+        to[2 * plane] = in[2];
       }
     }
+    out += kChannels * plane;
   };
   for (int block_y = 0; block_y < patches.grid_h; block_y += merge) {
     for (int block_x = 0; block_x < patches.grid_w; block_x += merge) {

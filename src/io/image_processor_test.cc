@@ -38,8 +38,6 @@ TEST(ResizeBicubic, KeepsAFlatColour) {
   }
 }
 
-// Bytes of an uncompressed picture are not among the accepted types, so patches are checked through a
-// PNG whose every pixel is known from decoding it.
 TEST(PreprocessImage, PatchesLieInMergeBlockOrder) {
   Result<std::string> bytes = ReadFile("tests/data/images/pocket/standard-00-00.png", 1 << 20);
   ASSERT_TRUE(bytes.ok()) << bytes.status().message();

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -44,8 +45,10 @@ TEST(Sha256, PublishedVector) {
 }
 
 TEST(ImageGolden, GoodFilesDecodeAsThePillowManifestSays) {
+  const Json manifest = JsonOrDie("manifest.json");
+  ASSERT_EQ(manifest.size(), 23u);
   int exact = 0;
-  for (const Json& entry : JsonOrDie("manifest.json")) {
+  for (const Json& entry : manifest) {
     const std::string name = entry["file"];
     SCOPED_TRACE(name);
     const Image image = DecodeOrDie(name);
@@ -72,7 +75,9 @@ TEST(ImageGolden, GoodFilesDecodeAsThePillowManifestSays) {
 
 TEST(ImageGolden, GoodFilesGetTheReferenceSizeAndTokens) {
   const PreprocessorConfig config;
-  for (const Json& entry : JsonOrDie("manifest.json")) {
+  const Json manifest = JsonOrDie("manifest.json");
+  ASSERT_EQ(manifest.size(), 23u);
+  for (const Json& entry : manifest) {
     SCOPED_TRACE(entry["file"].get<std::string>());
     const std::string bytes = ReadOrDie(entry["file"]);
     Result<ImageSize> stored = ReadImageSize(bytes, ImageLimits());
@@ -98,7 +103,9 @@ TEST(ImageGolden, GoodFilesGetTheReferenceSizeAndTokens) {
 }
 
 TEST(ImageGolden, BadFilesAreRefusedAsTheirManifestSays) {
-  for (const Json& entry : JsonOrDie("bad/manifest.json")) {
+  const Json manifest = JsonOrDie("bad/manifest.json");
+  ASSERT_EQ(manifest.size(), 13u);
+  for (const Json& entry : manifest) {
     const std::string name = entry["file"];
     SCOPED_TRACE(name);
     const std::string bytes = ReadOrDie(name);
@@ -123,7 +130,9 @@ TEST(ImageGolden, BadFilesAreRefusedAsTheirManifestSays) {
 }
 
 TEST(ImageGolden, PixelsMatchPillow) {
-  for (const Json& entry : JsonOrDie("resize_golden.json")["decode"]) {
+  const Json golden = JsonOrDie("resize_golden.json");
+  ASSERT_EQ(golden["decode"].size(), 25u);
+  for (const Json& entry : golden["decode"]) {
     SCOPED_TRACE(entry["file"].get<std::string>());
     const Image image = DecodeOrDie(entry["file"]);
     ASSERT_EQ(image.width, entry["width"].get<int>());
@@ -140,7 +149,9 @@ TEST(ImageGolden, PixelsMatchPillow) {
 }
 
 TEST(ImageGolden, ResizeIsPillowsToTheBit) {
-  for (const Json& entry : JsonOrDie("resize_golden.json")["resize"]) {
+  const Json golden = JsonOrDie("resize_golden.json");
+  ASSERT_EQ(golden["resize"].size(), 18u);
+  for (const Json& entry : golden["resize"]) {
     const ImageSize size{entry["width"], entry["height"]};
     const Image image = ResizeBicubic(DecodeOrDie(entry["file"]), size);
     ASSERT_EQ(image.width, size.width);
@@ -148,6 +159,23 @@ TEST(ImageGolden, ResizeIsPillowsToTheBit) {
     EXPECT_EQ(Digest(image.rgb), entry["sha256"].get<std::string>())
         << entry["file"] << " to " << size.width << " x " << size.height;
   }
+}
+
+TEST(ImageGolden, ResizeIsWithinOneLevelOfTheReferenceProcessor) {
+  const Json golden = JsonOrDie("torchvision_golden.json");
+  int samples = 0, equal = 0, within_one = 0;
+  for (const Json& entry : golden["cases"]) {
+    const Image image = ResizeBicubic(DecodeOrDie(entry["file"]), {entry["width"], entry["height"]});
+    for (size_t i = 0; i < entry["indices"].size(); ++i) {
+      const int difference = image.rgb.at(entry["indices"][i].get<size_t>()) - entry["values"][i].get<int>();
+      samples += 1;
+      equal += difference == 0;
+      within_one += std::abs(difference) <= 1;
+    }
+  }
+  ASSERT_EQ(samples, 7000);
+  EXPECT_GE(within_one, samples * 0.999);
+  EXPECT_GE(equal, samples * 0.99);
 }
 
 TEST(ImageGolden, SmartResizeMatchesEveryVector) {
@@ -168,7 +196,9 @@ TEST(ImageGolden, SmartResizeMatchesEveryVector) {
 TEST(ImageGolden, PixelValuesOfThePocketAgentMatchTheReference) {
   PreprocessorConfig config;
   config.min_pixels = 1024;
-  for (const Json& prompt : JsonOrDie("pocket_pixels.json")) {
+  const Json prompts = JsonOrDie("pocket_pixels.json");
+  ASSERT_EQ(prompts.size(), 5u);
+  for (const Json& prompt : prompts) {
     SCOPED_TRACE(prompt["name"].get<std::string>());
     std::vector<float> values;
     for (size_t i = 0; i < prompt["images"].size(); ++i) {

@@ -68,10 +68,12 @@ def main():
     # The same with WebP: two frames of 24 x 16, the first moved to (8, 4) of a canvas of 40 x 30.
     webp = encoded(pattern(24, 16), format="WEBP", lossless=True, save_all=True,
                    append_images=[pattern(24, 16).transpose(Image.Transpose.ROTATE_180)])
-    canvas = webp.index(b"VP8X") + 12
+    flags = webp.index(b"VP8X") + 8
+    has_alpha = (flags, bytes((webp[flags] | 0x10,)))
+    canvas = flags + 4
     frames = [i for i in range(len(webp)) if webp[i:i + 4] == b"ANMF"]
     moved = [(at + 8, bytes((4, 0, 0, 2, 0, 0))) for at in frames]
-    write("partial_animation.webp", patched(webp, (canvas, bytes((39, 0, 0, 29, 0, 0))), *moved))
+    write("partial_animation.webp", patched(webp, has_alpha, (canvas, bytes((39, 0, 0, 29, 0, 0))), *moved))
 
 
 main()

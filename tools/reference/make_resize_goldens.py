@@ -54,7 +54,10 @@ def load(name):
 
 
 def resized(name, width, height):
-    pixels = load(name).resize((width, height), Image.Resampling.BICUBIC).tobytes()
+    image = load(name)
+    # Two calls: the processor's resize is horizontal first, Pillow 13 chooses the order by the sizes.
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    pixels = image.resize((width, height), Image.Resampling.BICUBIC).tobytes()
     return {"file": name, "width": width, "height": height, "sha256": hashlib.sha256(pixels).hexdigest()}
 
 
