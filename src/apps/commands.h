@@ -1,0 +1,57 @@
+// The subcommands of `triaxial`. Each registers its options with CLI11 and yields a Status when run.
+#ifndef TRIAXIAL_APPS_COMMANDS_H_
+#define TRIAXIAL_APPS_COMMANDS_H_
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "engine/engine.h"
+#include "serve/served_model.h"
+
+namespace triaxial {
+
+using Command = std::function<Status()>;
+
+Command AddServe(CLI::App* app);
+Command AddGenerate(CLI::App* app);
+Command AddTag(CLI::App* app);
+Command AddInspect(CLI::App* app);
+// Has subcommands of its own.
+Command AddPolicy(CLI::App* app);
+
+// Options of every command that reads a checkpoint or runs the engine.
+struct ModelFlags {
+  std::string model;
+  std::string tokenizer;
+  std::string load_format = "auto";
+  std::string dtype = "bf16";
+  std::string kv_policy = "paper";
+  std::string kv_codec = "rotated";
+  std::string kv_memory;
+  int max_model_len = 0;
+  int max_num_seqs = 64;
+  int max_num_batched_tokens = 512;
+  int threads = 0;
+};
+void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer
+void AddPolicyFlags(CLI::App* app, ModelFlags* flags);      // --kv-policy, --kv-codec
+void AddEngineFlags(CLI::App* app, ModelFlags* flags);      // the rest
+
+// Loads weights and starts the engine; says what it does on stderr.
+Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model);
+
+// A conversation from a file ("-" for standard input): an OpenAI request or an object with messages and
+// tools, a list of messages, or line `line` (from 1) of a JSONL file of such objects. Image paths are
+// relative to `directory`.
+struct ConversationFile {
+  Conversation conversation;
+  std::string directory;
+};
+Result<ConversationFile> LoadConversation(const std::string& path, int line);
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_APPS_COMMANDS_H_

@@ -1,0 +1,132 @@
+#include <filesystem>
+#include <iostream>
+#include <iterator>
+
+#include "apps/commands.h"
+#include "apps/terminal.h"
+#include "base/file.h"
+#include "base/log.h"
+#include "base/parallel.h"
+#include "kv/policy.h"
+
+namespace triaxial {
+namespace {
+
+// The pocket agent of the repository: seen from the current directory, else from the binary
+// (build/release/triaxial).
+std::string DefaultModel() {
+  const std::filesystem::path relative = "models/pocket-agent";
+  std::error_code error;
+  if (std::filesystem::exists(relative / "config.json", error)) return relative.string();
+  const std::filesystem::path binary = std::filesystem::read_symlink("/proc/self/exe", error);
+  const std::filesystem::path beside = (binary.parent_path() / "../.." / relative).lexically_normal();
+  return std::filesystem::exists(beside / "config.json", error) ? beside.string() : relative.string();
+}
+
+std::string PolicyNames() {
+  std::string names;
+  for (const std::string_view name : BuiltinPolicies())
+    names += std::string(names.empty() ? "" : ", ") + std::string(name);
+  return names;
+}
+
+}  // namespace
+
+void AddCheckpointFlags(CLI::App* app, ModelFlags* flags) {
+  flags->model = DefaultModel();
+  app->add_option("--model", flags->model, "Hugging Face checkpoint directory")->capture_default_str();
+  app->add_option("--tokenizer", flags->tokenizer,
+                  "Directory with tokenizer.json and chat template, if not the model's");
+}
+
+void AddPolicyFlags(CLI::App* app, ModelFlags* flags) {
+  app->add_option("--kv-policy", flags->kv_policy,
+                  "Which format each tag deserves: " + PolicyNames() + ", or a JSON file")
+      ->capture_default_str();
+  app->add_option("--kv-codec", flags->kv_codec, "How blocks are quantized")
+      ->check(CLI::IsMember({"rotated", "paper"}))
+      ->capture_default_str();
+}
+
+void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
+  app->add_option("--load-format", flags->load_format, "'dummy' makes random weights of config.json's shapes")
+      ->check(CLI::IsMember({"auto", "dummy"}))
+      ->capture_default_str();
+  app->add_option("--dtype", flags->dtype, "Arithmetic: bf16, or f32 as the reference")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  app->add_option(
+      "--kv-memory", flags->kv_memory,
+      "Bytes of the KV cache, e.g. 512M or 4G (default: a quarter of the machine's memory at most)");
+  app->add_option("--max-model-len", flags->max_model_len,
+                  "Longest sequence in tokens (default: the model's)")
+      ->check(CLI::Range(0, 1 << 24));
+  app->add_option("--max-num-seqs", flags->max_num_seqs, "Sequences decoded together")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app->add_option("--max-num-batched-tokens", flags->max_num_batched_tokens,
+                  "Tokens of one step, decode and prefill together")
+      ->check(CLI::Range(1, 65536))
+      ->capture_default_str();
+  app->add_option("--threads", flags->threads, "Compute threads (default: all cores)")
+      ->check(CLI::Range(0, 1024));
+}
+
+Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model) {
+  SetComputeThreads(flags.threads);
+  EngineOptions options;
+  ASSIGN_OR_RETURN(options.policy, LoadPolicy(flags.kv_policy));
+  if (!flags.kv_memory.empty()) {
+    options.kv_memory = ParseBytes(flags.kv_memory);
+    if (options.kv_memory <= 0) {
+      return InvalidArgument("--kv-memory " + flags.kv_memory +
+                             " is not a size; give bytes, or a number with K, M, G or T");
+    }
+  }
+  options.max_model_len = flags.max_model_len;
+  options.max_running = flags.max_num_seqs;
+  options.max_step_tokens = flags.max_num_batched_tokens;
+  ModelOptions model_options;
+  model_options.precision = flags.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  model_options.dummy_weights = flags.load_format == "dummy";
+  model_options.codec = flags.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
+  ASSIGN_OR_RETURN(std::unique_ptr<Model> loaded, Model::Load(model.directory, model_options));
+  spdlog::info("loaded {} ({} parameters, {}, {} threads)", model.directory, Count(loaded->parameters()),
+               flags.dtype, ComputeThreads());
+  return Engine::Create(std::move(loaded), model.preprocessor, model.generation, model.markup, options);
+}
+
+Result<ConversationFile> LoadConversation(const std::string& path, int line) {
+  constexpr size_t kMaxBytes = size_t{256} << 20;
+  std::string text;
+  ConversationFile file;
+  if (path == "-") {
+    text.assign(std::istreambuf_iterator<char>(std::cin), {});
+    file.directory = ".";
+  } else {
+    ASSIGN_OR_RETURN(text, ReadFile(path, kMaxBytes));
+    file.directory = std::filesystem::path(path).parent_path().string();
+  }
+  std::string what = path;
+  if (line > 0) {
+    size_t begin = 0;
+    for (int i = 1; i < line && begin != std::string::npos; ++i) {
+      const size_t newline = text.find('\n', begin);
+      begin = newline == std::string::npos ? newline : newline + 1;
+    }
+    if (begin == std::string::npos || begin >= text.size())
+      return InvalidArgument(path + " has no line " + std::to_string(line));
+    text = text.substr(begin, text.find('\n', begin) - begin);
+    what += " line " + std::to_string(line);
+  }
+  ASSIGN_OR_RETURN(Json json, ParseJson(text, what));
+  if (json.is_object() && json.contains("request")) json = Json(json["request"]);
+  const Json tools = json.is_object() && json.contains("tools") ? json["tools"] : Json(nullptr);
+  if (json.is_object() && !json.contains("messages"))
+    return InvalidArgument(what + " has no messages; give an OpenAI chat request or a list of messages");
+  const Json messages = json.is_object() ? json["messages"] : json;
+  ASSIGN_OR_RETURN(file.conversation, ParseConversation(messages, tools));
+  return file;
+}
+
+}  // namespace triaxial
