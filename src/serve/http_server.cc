@@ -283,14 +283,19 @@ void Session::ReadHeader() {
   parser_->header_limit(kMaxHeaderBytes);
   parser_->body_limit(server_->options().max_body_bytes);
   // The limit for a header runs from its first byte on; before that the connection is merely idle.
-  stream_.expires_after(std::chrono::seconds(buffer_.size() > 0 ? server_->options().header_seconds
-                                                                : server_->options().idle_seconds));
-  http::async_read_some(stream_, buffer_, *parser_, [self = shared_from_this()](error_code error, size_t) {
-    if (error || self->parser_->is_header_done()) return self->OnHeader(error);
-    self->stream_.expires_after(std::chrono::seconds(self->server_->options().header_seconds));
-    http::async_read_header(self->stream_, self->buffer_, *self->parser_,
-                            [self](error_code error2, size_t) { self->OnHeader(error2); });
-  });
+  if (buffer_.size() == 0) {
+    stream_.expires_after(std::chrono::seconds(server_->options().idle_seconds));
+    stream_.async_read_some(buffer_.prepare(16384),
+                            [self = shared_from_this()](error_code error, size_t bytes) {
+                              if (error) return self->Close();
+                              self->buffer_.commit(bytes);
+                              self->ReadHeader();
+                            });
+    return;
+  }
+  stream_.expires_after(std::chrono::seconds(server_->options().header_seconds));
+  http::async_read_header(stream_, buffer_, *parser_,
+                          [self = shared_from_this()](error_code error, size_t) { self->OnHeader(error); });
 }
 
 void Session::OnHeader(error_code error) {
