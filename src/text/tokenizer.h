@@ -35,6 +35,19 @@ class Tokenizer {
   std::vector<int32_t> Encode(std::string_view text, ParseSpecial special) const;
   void Append(std::string_view text, ParseSpecial special, std::vector<int32_t>* ids) const;
 
+  // The steps of Append, for a caller that must know which bytes a token stands for. Normalize makes the text
+  // valid UTF-8 in normal form C; AppendNormalized encodes such text without looking for added tokens, and
+  // the bytes of the ids that it appends concatenate to exactly that text.
+  std::string Normalize(std::string_view text) const;
+  void AppendNormalized(std::string_view normalized, std::vector<int32_t>* ids) const;
+  struct AddedMatch {
+    size_t begin = std::string_view::npos;  // npos: there is none
+    size_t end = std::string_view::npos;
+    int32_t id = -1;
+  };
+  // The first added token at or after `from` that `special` recognizes; the longest one at its place.
+  AddedMatch FindAdded(std::string_view text, size_t from, ParseSpecial special) const;
+
   // Bytes of one token: for added tokens their text; "" for ids without an entry. Bytes of consecutive tokens
   // concatenate to the text; a single token may hold half a character.
   std::string_view TokenBytes(int32_t id) const;
