@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "text/conversation.h"
 #include "text/prompt.h"
+#include "text/token_tagger.h"
 #include "text/tokenizer.h"
 
 namespace triaxial {
@@ -53,9 +54,11 @@ class ChatTemplate {
   bool GenerationStartsInThought(const TemplateOptions& options) const;
 
  private:
-  ChatTemplate(TemplateKind kind, const Tokenizer& tokenizer) : kind_(kind), tokenizer_(&tokenizer) {}
+  ChatTemplate(TemplateKind kind, const Tokenizer& tokenizer)
+      : kind_(kind), tokenizer_(&tokenizer), markup_(FindMarkup(tokenizer)) {}
   TemplateKind kind_;
   const Tokenizer* tokenizer_;
+  MarkupIds markup_;
 };
 
 }  // namespace triaxial
