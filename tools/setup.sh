@@ -8,7 +8,7 @@ build=(
   g++ cmake ninja-build pkg-config
   libbenchmark-dev libboost1.81-dev libcli11-dev libdnnl-dev libfmt-dev libgif-dev libgtest-dev libhwy-dev
   libjpeg62-turbo-dev libpcre2-dev libpng-dev libspdlog-dev libutf8proc-dev libwebp-dev libxxhash-dev
-  nlohmann-json3-dev prometheus-cpp-dev
+  nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
 )
 test=(clang-format git)
 tidy=(clang-tidy)
