@@ -13,22 +13,32 @@
 
 namespace triaxial {
 
-// Runs of unit rows in [0, total). Best fit with coalescing; large (BF16) runs are taken from the top so that
-// they do not cut the space of the small ones.
+// Runs of unit rows in [0, total). Best fit with coalescing; large (BF16) runs are cut from the top of a run
+// and the small ones from its bottom, so that they do not cut each other's space.
 class UnitAllocator {
  public:
-  explicit UnitAllocator(int64_t total_rows);
+  explicit UnitAllocator(int64_t total_rows);  // at most kMaxRows (CHECK)
   // First row of a free run of `rows`, or nullopt if no run is long enough (free_rows() may still be larger:
   // compact).
   std::optional<uint32_t> Allocate(int rows, bool from_top);
+  // Returns rows that were allocated; a part of an allocation may be returned alone. Rows that are free
+  // already are a CHECK.
   void Free(uint32_t row, int rows);
+  // Starts over with one free run.
+  void Reset(uint32_t free_row, int64_t free_rows);
   int64_t total_rows() const { return total_; }
   int64_t free_rows() const { return free_; }
   int64_t largest_run() const;
+  const std::map<uint32_t, uint32_t>& free_runs() const { return by_row_; }  // row -> length
+
+  static constexpr int64_t kMaxRows = UINT32_MAX;
 
  private:
+  void Insert(uint32_t row, uint32_t length);
+  void Erase(std::map<uint32_t, uint32_t>::iterator run);
+
   int64_t total_;
-  int64_t free_;
+  int64_t free_ = 0;
   std::map<uint32_t, uint32_t> by_row_;                // free runs: row -> length
   std::set<std::pair<uint32_t, uint32_t>> by_length_;  // the same: (length, row)
 };
@@ -38,7 +48,7 @@ class UnitAllocator {
 class KvArena {
  public:
   // `bytes` is rounded down to whole unit rows over all layers. ResourceExhausted if the machine refuses it,
-  // InvalidArgument if it is less than one BF16 block.
+  // InvalidArgument if it is less than one BF16 block or more rows than a block table can name.
   static Result<KvArena> Create(const KvGeometry& geometry, int64_t bytes);
   KvArena(KvArena&& other) noexcept;
   KvArena& operator=(KvArena&& other) noexcept;
@@ -58,7 +68,6 @@ class KvArena {
   KvGeometry geometry_;
   int64_t rows_ = 0;
   uint8_t* data_ = nullptr;
-  size_t mapped_bytes_ = 0;
 };
 
 }  // namespace triaxial
