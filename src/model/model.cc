@@ -1,0 +1,89 @@
+#include "model/model.h"
+
+#include <exception>
+#include <new>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "model/decoder.h"
+#include "model/tensor_source.h"
+#include "model/vision_tower.h"
+#include "model/weights.h"
+
+namespace triaxial {
+namespace {
+
+class QwenModel : public Model {
+ public:
+  QwenModel(const ModelConfig& config, KvCalibration calibration, TensorSource source, bool dummy)
+      : config_(config), calibration_(std::move(calibration)), source_(std::move(source)), dummy_(dummy) {}
+
+  Status LoadWeights(Element element, Codec codec) {
+    LinearLoader loader(source_, &cache_, element);
+    { ASSIGN_OR_RETURN(decoder_, Decoder::Load(config_, element, codec, calibration_, source_, &loader)); }
+    parameters_ = decoder_->small_parameters();
+    if (config_.vision) {
+      ASSIGN_OR_RETURN(vision_, VisionTower::Load(*config_.vision, element, source_, &loader));
+      parameters_ += vision_->small_parameters();
+    }
+    parameters_ += loader.parameters();
+    return OkStatus();
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  KvGeometry geometry() const override { return decoder_->geometry(); }
+  const KvCalibration& calibration() const override { return calibration_; }
+  bool dummy_weights() const override { return dummy_; }
+  int64_t parameters() const override { return parameters_; }
+  int64_t decode_weight_bytes() const override { return decoder_->weight_bytes(); }
+
+  void Forward(const Batch& batch, KvArena* arena, float* logits) override {
+    decoder_->Forward(batch, arena, logits);
+  }
+  VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) override {
+    CHECK(vision_ != nullptr);
+    return vision_->Encode(patches, preprocessor);
+  }
+
+ private:
+  ModelConfig config_;
+  KvCalibration calibration_;
+  TensorSource source_;
+  bool dummy_;
+  LinearCache cache_;
+  std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<VisionTower> vision_;
+  int64_t parameters_ = 0;
+};
+
+Element ElementFor(Precision precision) {
+  if (precision == Precision::kF32) return Element::kF32;
+  if (HasBf16Products()) return Element::kBf16;
+  spdlog::info("this CPU has no BF16 products; weights are widened to F32");
+  return Element::kF32;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const ModelOptions& options) {
+  ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(directory));
+  KvCalibration calibration;
+  TensorSource source = TensorSource::Generated();
+  if (!options.dummy_weights) {
+    ASSIGN_OR_RETURN(calibration, LoadKvCalibration(directory, config.text.num_layers, config.text.head_dim));
+    ASSIGN_OR_RETURN(source, TensorSource::Open(directory));
+  }
+  try {
+    auto model =
+        std::make_unique<QwenModel>(config, std::move(calibration), std::move(source), options.dummy_weights);
+    RETURN_IF_ERROR(model->LoadWeights(ElementFor(options.precision), options.codec));
+    return std::unique_ptr<Model>(std::move(model));
+  } catch (const std::bad_alloc&) {
+    return ResourceExhausted("the weights of '" + directory +
+                             "' do not fit in memory; use a smaller model or a machine with more memory");
+  } catch (const std::exception& e) {
+    return Internal("oneDNN could not prepare the weights of '" + directory + "': " + e.what());
+  }
+}
+
+}  // namespace triaxial
