@@ -13,11 +13,6 @@ namespace {
 
 constexpr float kLargestFp16 = 65504.0f;
 
-// Where the two sides of a block head lie.
-int SideOffset(const KvGeometry& g, Format f, Side side) {
-  return side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK));
-}
-
 // K sums over channels and has one lane per token; V the reverse.
 int Depth(Side side, int token, int channel) { return side == Side::kK ? channel : token; }
 int Lane(Side side, int token, int channel) { return side == Side::kK ? token : channel; }

@@ -121,7 +121,7 @@ TEST(Codec, DecodesWithinHalfAStep) {
                        std::to_string(g.head_dim) + " kind " + std::to_string(static_cast<int>(kind)));
           const int bits = Bits(f, side);
           DecodeSideScalar(g, f, side, block.data(), tokens, decoded.data());
-          const uint8_t* bytes = block.data() + (side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK)));
+          const uint8_t* bytes = block.data() + SideOffset(g, f, side);
           for (int i = 0; i < tokens * g.head_dim; ++i) {
             const float given = x[static_cast<int>(side)][static_cast<size_t>(i)];
             const float got = decoded[static_cast<size_t>(i)];
@@ -236,7 +236,7 @@ TEST(Codec, UnwrittenTokensAreZero) {
       EncodeBlockScalar(g, f, {}, x.data(), x.data(), g.head_dim, tokens, partial.data());
       for (const Side side : {Side::kK, Side::kV}) {
         const int bits = Bits(f, side);
-        const uint8_t* bytes = partial.data() + (side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK)));
+        const uint8_t* bytes = partial.data() + SideOffset(g, f, side);
         for (int t = tokens; t < 64; ++t) {
           for (int c = 0; c < g.head_dim; ++c) {
             const int depth = side == Side::kK ? c : t, lane = side == Side::kK ? t : c;

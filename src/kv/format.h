@@ -73,6 +73,11 @@ constexpr int SideBytes(const KvGeometry& g, int bits) {
   return CodeBytes(g, bits) + MetaGroups(g, bits) * 4;
 }
 
+// Where a side begins within its block head.
+constexpr int SideOffset(const KvGeometry& g, Format f, Side side) {
+  return side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK));
+}
+
 // Bytes of one head of a block in one layer; a multiple of kUnitBytes.
 constexpr int HeadBytes(const KvGeometry& g, Format f) {
   return SideBytes(g, Bits(f, Side::kK)) + SideBytes(g, Bits(f, Side::kV));

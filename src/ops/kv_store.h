@@ -1,33 +1,25 @@
-// The write path of the cache on the CPU: bit-identical to the scalar codec (kv/codec.h), with SIMD chosen at
-// run time.
+// The write path of the cache on the CPU: a step's stores and conversions, quantized by ops/kv_codec.h.
 #ifndef TRIAXIAL_OPS_KV_STORE_H_
 #define TRIAXIAL_OPS_KV_STORE_H_
 
 #include <cstdint>
 #include <span>
 
-#include "kv/codec.h"
 #include "kv/view.h"
+#include "ops/kv_codec.h"
 
 namespace triaxial {
 
-// In-place orthonormal Hadamard transform of `count` vectors of head_dim floats; equals HadamardScalar bit
-// for bit.
-void Hadamard(float* x, int64_t count, int head_dim);
-
-// EncodeBlockScalar for one head of one block, bit for bit.
-void EncodeBlock(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                 int64_t row_stride, int tokens, uint8_t* out);
-// DecodeSideScalar, bit for bit.
-void DecodeSide(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens, float* out);
-
 // Runs a step's stores for one layer over all heads, in parallel over sequences and heads but in order within
 // each tail. k, v: [rows][num_kv_heads][head_dim] F32 as attention got them; `row_begin` of a store indexes
-// them.
+// them. Every value is rounded to BF16 before it is quantized, so a block's bytes do not depend on how its
+// tokens were spread over steps (some waited in the tail, some did not). A store that opens a tail zeroes the
+// places of the tokens to come. No store may read or write rows that another store of the step writes, other
+// than a tail shared in order.
 void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, const float* k,
              const float* v, std::span<const KvStore> stores);
-// Runs conversions for one layer. A conversion reads all heads of a block before it writes, so from and to
-// may overlap.
+// Runs conversions for one layer, in parallel. A conversion reads all heads of a block before it writes, so
+// its own from and to may overlap; different conversions may not.
 void ConvertKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer,
                std::span<const KvConvert> converts);
 
