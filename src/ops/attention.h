@@ -31,11 +31,17 @@ struct AttentionArgs {
   std::span<const AttentionSequence> sequences;
 };
 
-// Splits long contexts over the compute threads and merges by (o, lse). Keeps its scratch between calls.
+// The kernels for the CPU at hand, or those that every CPU has (what tests compare).
+enum class AttentionPath { kFastest, kPortable };
+
+// Splits long contexts over the compute threads and merges by (o, lse). Results do not depend on the number
+// of threads. Keeps its scratch between calls.
 class Attention {
  public:
-  Attention();
+  explicit Attention(AttentionPath path = AttentionPath::kFastest);
   ~Attention();
+  Attention(const Attention&) = delete;
+  Attention& operator=(const Attention&) = delete;
   void Run(const AttentionArgs& args);
 
  private:

@@ -1,0 +1,417 @@
+#include "ops/attention_item.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/check.h"
+#include "base/float16.h"
+#include "ops/attention_vnni.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/attention_item.cc"
+// Compiles this file once per instruction set.
+#include "hwy/foreach_target.h"
+// After foreach_target.h.
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace triaxial {
+namespace HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Sixteen lanes are what a row of code words holds; narrower vectors take several turns.
+using DF = hn::CappedTag<float, 16>;
+using DI = hn::Rebind<int32_t, DF>;
+using DU = hn::Rebind<uint32_t, DF>;
+using VF = hn::Vec<DF>;
+
+int Width() { return static_cast<int>(hn::Lanes(DF())); }
+
+// ---- Matrix products: c[query][lane] = keep[query] * c + sum over depth of a[query][depth] *
+// b[depth][lane]. Serves both sides: scores have lanes = tokens, depth = channels; values the reverse.
+
+// The right side as F32 rows.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+  void Pair(int depth, int lane, VF& even, VF& odd) const {
+    even = Single(depth, lane);
+    odd = Single(depth + 1, lane);
+  }
+  VF Single(int depth, int lane) const { return hn::LoadU(DF(), data + depth * stride + lane); }
+};
+
+// A BF16 side of a block: pairs of depths (PlaceOfBf16), so a word's halves are F32 after a shift or a mask.
+struct Bf16Side {
+  const uint8_t* data;
+  int lanes;
+  hn::Vec<DU> Words(int depth, int lane) const {
+    return hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(data) + depth / 2 * lanes + lane);
+  }
+  void Pair(int depth, int lane, VF& even, VF& odd) const {
+    const auto words = Words(depth, lane);
+    even = hn::BitCast(DF(), hn::ShiftLeft<16>(words));
+    odd = hn::BitCast(DF(), hn::And(words, hn::Set(DU(), 0xffff0000u)));
+  }
+  VF Single(int depth, int lane) const { return hn::BitCast(DF(), hn::ShiftLeft<16>(Words(depth, lane))); }
+};
+
+// Q queries x V vectors of lanes in registers.
+template <int Q, int V, class Right>
+HWY_INLINE void ProductBlock(const float* a, int a_stride, const Right& b, int depth, int lane,
+                             const float* keep, float* c, int c_stride) {
+  const DF df;
+  const int width = Width();
+  VF sum[Q][V];
+  for (int q = 0; q < Q; ++q) {
+    for (int v = 0; v < V; ++v) sum[q][v] = hn::Zero(df);
+  }
+  int d = 0;
+  for (; d + 2 <= depth; d += 2) {
+    VF even[V], odd[V];
+    for (int v = 0; v < V; ++v) b.Pair(d, lane + v * width, even[v], odd[v]);
+    for (int q = 0; q < Q; ++q) {
+      const VF a_even = hn::Set(df, a[q * a_stride + d]);
+      const VF a_odd = hn::Set(df, a[q * a_stride + d + 1]);
+      for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_even, even[v], sum[q][v]);
+      for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_odd, odd[v], sum[q][v]);
+    }
+  }
+  if (d < depth) {  // the partner of the last token of a tail is not a number that may be touched
+    for (int q = 0; q < Q; ++q) {
+      const VF a_last = hn::Set(df, a[q * a_stride + d]);
+      for (int v = 0; v < V; ++v) {
+        sum[q][v] = hn::MulAdd(a_last, b.Single(d, lane + v * width), sum[q][v]);
+      }
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int v = 0; v < V; ++v) {
+      float* to = c + q * c_stride + lane + v * width;
+      VF total = sum[q][v];
+      if (keep != nullptr) total = hn::MulAdd(hn::Set(df, keep[q]), hn::Load(df, to), total);
+      hn::Store(total, df, to);
+    }
+  }
+}
+
+template <int Q, class Right>
+HWY_INLINE void ProductRows(const float* a, int a_stride, const Right& b, int depth, int lanes,
+                            const float* keep, float* c, int c_stride) {
+  constexpr int kVectors = HWY_TARGET <= HWY_AVX3 ? 4 : 2;  // 16 or 8 sums, of 32 or 16 registers
+  const int width = Width();
+  int lane = 0;
+  for (; lane + kVectors * width <= lanes; lane += kVectors * width) {
+    ProductBlock<Q, kVectors>(a, a_stride, b, depth, lane, keep, c, c_stride);
+  }
+  for (; lane < lanes; lane += width) ProductBlock<Q, 1>(a, a_stride, b, depth, lane, keep, c, c_stride);
+}
+
+template <class Right>
+HWY_NOINLINE void Product(const float* a, int a_stride, int queries, const Right& b, int depth, int lanes,
+                          const float* keep, float* c, int c_stride) {
+  for (int q = 0; q < queries; q += 4) {
+    const float* rows = a + q * a_stride;
+    const float* keep_rows = keep == nullptr ? nullptr : keep + q;
+    float* to = c + q * c_stride;
+    if (queries - q == 1) {
+      ProductRows<1>(rows, a_stride, b, depth, lanes, keep_rows, to, c_stride);
+    } else if (queries - q == 2) {
+      ProductRows<2>(rows, a_stride, b, depth, lanes, keep_rows, to, c_stride);
+    } else {  // a third of four is zero or left over: its results are not read
+      ProductRows<4>(rows, a_stride, b, depth, lanes, keep_rows, to, c_stride);
+    }
+  }
+}
+
+template <class Right>
+void DenseScores(const Right& keys, int head_dim, int tokens, int queries, AttentionWorkspace& w) {
+  const int lanes = (tokens + 15) / 16 * 16;
+  Product(w.q, kMaxHeadDim, queries, keys, head_dim, lanes, nullptr, w.scores, kBlockTokens);
+}
+
+template <class Right>
+void DenseValues(const Right& values, int head_dim, int tokens, int queries, AttentionWorkspace& w) {
+  Product(w.scores, kBlockTokens, queries, values, tokens, head_dim, w.keep, w.out, kMaxHeadDim);
+}
+
+// ---- Softmax
+
+// 2^x for x <= 0, zero below -126; relative error 2e-7.
+HWY_INLINE VF Exp2(VF x) {
+  const DF df;
+  const DI di;
+  const VF bounded = hn::Max(x, hn::Set(df, -126.0f));
+  const auto whole = hn::NearestInt(bounded);
+  const VF f = hn::Sub(bounded, hn::ConvertTo(df, whole));
+  // Taylor of 2^f, |f| <= 1/2: ln(2)^k / k!.
+  VF p = hn::Set(df, 1.54035304e-4f);
+  p = hn::MulAdd(p, f, hn::Set(df, 1.33335581e-3f));
+  p = hn::MulAdd(p, f, hn::Set(df, 9.61812911e-3f));
+  p = hn::MulAdd(p, f, hn::Set(df, 5.55041087e-2f));
+  p = hn::MulAdd(p, f, hn::Set(df, 2.40226507e-1f));
+  p = hn::MulAdd(p, f, hn::Set(df, 6.93147181e-1f));
+  p = hn::MulAdd(p, f, hn::Set(df, 1.0f));
+  const auto power = hn::ShiftLeft<23>(hn::Add(whole, hn::Set(di, 127)));
+  return hn::IfThenElseZero(hn::Ge(x, hn::Set(df, -126.0f)), hn::Mul(p, hn::BitCast(df, power)));
+}
+
+// Scores of `limit` tokens to weights, zero for the rest of the tile; updates top and sum, and leaves in keep
+// what `out` must be multiplied by.
+HWY_INLINE void SoftmaxRow(int limit, float* scores, float& top, float& sum, float& keep) {
+  const DF df;
+  const DI di;
+  const int width = Width();
+  const VF nothing = hn::Set(df, -std::numeric_limits<float>::infinity());
+  VF high = nothing;
+  int t = 0;
+  for (; t + width <= limit; t += width) high = hn::Max(high, hn::Load(df, scores + t));
+  if (t < limit) {
+    const auto valid = hn::RebindMask(df, hn::Lt(hn::Iota(di, t), hn::Set(di, limit)));
+    const VF last = hn::IfThenElse(valid, hn::Load(df, scores + t), nothing);
+    hn::Store(last, df, scores + t);
+    high = hn::Max(high, last);
+    t += width;
+  }
+  const float new_top = std::max(top, hn::GetLane(hn::MaxOfLanes(df, high)));
+  const VF base = hn::Set(df, new_top);
+  keep = hn::GetLane(Exp2(hn::Sub(hn::Set(df, top), base)));
+  VF total = hn::Zero(df);
+  const int end = t;
+  for (t = 0; t < end; t += width) {
+    const VF weight = Exp2(hn::Sub(hn::Load(df, scores + t), base));
+    total = hn::Add(total, weight);
+    hn::Store(weight, df, scores + t);
+  }
+  for (; t < kBlockTokens; t += width) hn::Store(hn::Zero(df), df, scores + t);
+  top = new_top;
+  sum = sum * keep + hn::GetLane(hn::SumOfLanes(df, total));
+}
+
+// Query i attends to the first min(tokens, first_limit + row of i) tokens of the tile.
+HWY_NOINLINE void Softmax(int tokens, int first_limit, int group, int queries, AttentionWorkspace& w) {
+  for (int i = 0; i < queries; ++i) {
+    const int limit = std::min(tokens, first_limit + i / group);
+    if (limit > 0) {
+      SoftmaxRow(limit, w.scores + i * kBlockTokens, w.top[i], w.sum[i], w.keep[i]);
+    } else {
+      std::fill_n(w.scores + i * kBlockTokens, kBlockTokens, 0.0f);
+      w.keep[i] = 1.0f;
+    }
+  }
+}
+
+// ---- Tiles
+
+// A compressed side to F32 [depth][lane].
+HWY_NOINLINE void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+  const DF df;
+  const DI di;
+  const int width = Width();
+  const int lanes = side == Side::kK ? kBlockTokens : g.head_dim;
+  const int depths = side == Side::kK ? g.head_dim : kBlockTokens;
+  const int groups = MetaGroups(g, bits);
+  // Keys have one group per token, which is a lane, but for the paper's 2-bit keys; elsewhere neighbouring
+  // lanes share one.
+  const bool group_per_lane = side == Side::kK && (g.codec == Codec::kRotated || bits != 2);
+  HWY_ALIGN float meta[2 * kBlockTokens * kMaxChannelGroups];  // scales, then minima
+  const uint8_t* stored = in + CodeBytes(g, bits);
+  for (int i = 0; i < 2 * groups; ++i) {
+    meta[i] = Fp16ToFloat(static_cast<fp16_t>(stored[2 * i] | stored[2 * i + 1] << 8));
+  }
+  const auto mask = hn::Set(di, (1 << bits) - 1);
+  for (int depth = 0; depth < depths; ++depth) {
+    for (int lane = 0; lane < lanes; lane += width) {
+      const CodePlace place = PlaceOfCode(depth, lane, lanes, bits);
+      const auto words = hn::LoadU(di, reinterpret_cast<const int32_t*>(in + place.byte / 4 * 4));
+      const int shift = 8 * (depth % 4) + place.shift;
+      const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(words, shift), mask));
+      const int group = side == Side::kK ? PlaceOfMeta(g, side, bits, lane, depth)
+                                         : PlaceOfMeta(g, side, bits, depth, lane);
+      const VF scale = group_per_lane ? hn::LoadU(df, meta + group) : hn::Set(df, meta[group]);
+      const VF minimum =
+          group_per_lane ? hn::LoadU(df, meta + groups + group) : hn::Set(df, meta[groups + group]);
+      hn::Store(hn::MulAdd(codes, scale, minimum), df, tile + depth * lanes + lane);
+    }
+  }
+}
+
+// Up to 64 rows of the step's keys to F32 [channel][64 tokens].
+HWY_NOINLINE void TransposeKeys(const float* keys, int64_t stride, int tokens, int head_dim, float* tile) {
+  int t = 0;
+#if HWY_TARGET != HWY_SCALAR  // which has no vectors to interleave
+  const hn::Full128<float> d4;
+  for (; t + 4 <= tokens; t += 4) {
+    const float* row = keys + t * stride;
+    for (int c = 0; c < head_dim; c += 4) {
+      const auto r0 = hn::LoadU(d4, row + c);
+      const auto r1 = hn::LoadU(d4, row + stride + c);
+      const auto r2 = hn::LoadU(d4, row + 2 * stride + c);
+      const auto r3 = hn::LoadU(d4, row + 3 * stride + c);
+      const auto even_low = hn::InterleaveLower(d4, r0, r2);
+      const auto even_high = hn::InterleaveUpper(d4, r0, r2);
+      const auto odd_low = hn::InterleaveLower(d4, r1, r3);
+      const auto odd_high = hn::InterleaveUpper(d4, r1, r3);
+      float* to = tile + c * kBlockTokens + t;
+      hn::Store(hn::InterleaveLower(d4, even_low, odd_low), d4, to);
+      hn::Store(hn::InterleaveUpper(d4, even_low, odd_low), d4, to + kBlockTokens);
+      hn::Store(hn::InterleaveLower(d4, even_high, odd_high), d4, to + 2 * kBlockTokens);
+      hn::Store(hn::InterleaveUpper(d4, even_high, odd_high), d4, to + 3 * kBlockTokens);
+    }
+  }
+#endif
+  for (; t < tokens; ++t) {
+    for (int c = 0; c < head_dim; ++c) tile[c * kBlockTokens + t] = keys[t * stride + c];
+  }
+}
+
+// ---- The item
+
+class ItemRun {
+ public:
+  ItemRun(const AttentionArgs& args, const AttentionItem& item, bool integer, AttentionWorkspace& workspace)
+      : args_(args),
+        item_(item),
+        g_(args.geometry),
+        group_(args.num_heads / g_.num_kv_heads),
+        queries_(item.rows * group_),
+        integer_(integer),
+        w_(workspace) {}
+
+  void Run(float* partials) {
+    Begin();
+    for (int64_t b = item_.block_begin; b < item_.block_end; ++b) AttendBlock(b);
+    if (item_.step) AttendStep();
+    if (item_.partial_place >= 0) {
+      WritePartial(partials + item_.partial_place);
+    } else {
+      WriteOut();
+    }
+  }
+
+ private:
+  // Offset of a query vector in args.q and args.out.
+  int64_t QueryPlace(int i) const {
+    const int64_t row = int64_t{item_.sequence->row_begin} + item_.row + i / group_;
+    return (row * args_.num_heads + int64_t{item_.kv_head} * group_ + i % group_) * g_.head_dim;
+  }
+  const uint8_t* Head(int64_t block) const {
+    const KvBlockRef& ref = item_.sequence->blocks[static_cast<size_t>(block)];
+    return args_.arena + int64_t{ref.unit_row} * UnitRowBytes(g_) +
+           int64_t{item_.kv_head} * HeadBytes(g_, ref.format);
+  }
+
+  void Begin() {
+    const DF df;
+    constexpr float kLog2e = 1.44269504f;
+    const VF scale = hn::Set(df, args_.scale * kLog2e);
+    for (int i = 0; i < queries_; ++i) {
+      const float* q = args_.q + QueryPlace(i);
+      for (int c = 0; c < g_.head_dim; c += Width()) {
+        hn::Store(hn::Mul(hn::LoadU(df, q + c), scale), df, w_.q + i * kMaxHeadDim + c);
+        hn::Store(hn::Zero(df), df, w_.out + i * kMaxHeadDim + c);
+      }
+      w_.top[i] = -std::numeric_limits<float>::infinity();
+      w_.sum[i] = 0;
+    }
+  }
+
+  void AttendBlock(int64_t block) {
+    const KvBlockRef& ref = item_.sequence->blocks[static_cast<size_t>(block)];
+    const uint8_t* keys = Head(block);
+    const int k_bits = Bits(ref.format, Side::kK);
+    const int v_bits = Bits(ref.format, Side::kV);
+    const uint8_t* values = keys + SideBytes(g_, k_bits);
+    if (ref.format == Format::kBf16) {
+      DenseScores(Bf16Side{keys, kBlockTokens}, g_.head_dim, ref.tokens, queries_, w_);
+      Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
+      DenseValues(Bf16Side{values, g_.head_dim}, g_.head_dim, ref.tokens, queries_, w_);
+    } else if (integer_) {
+      if (!queries_quantized_) QuantizeQueries(g_, queries_, w_);
+      queries_quantized_ = true;
+      Prefetch next_keys, next_values;
+      if (block + 1 < item_.block_end) {
+        const Format format = item_.sequence->blocks[static_cast<size_t>(block + 1)].format;
+        next_keys = {Head(block + 1), HeadBytes(g_, format) / 2};
+        next_values = {next_keys.data + next_keys.bytes, next_keys.bytes};
+      }
+      CodeScores(g_, k_bits, keys, queries_, next_keys, w_);
+      Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
+      CodeValues(g_, v_bits, values, ref.tokens, queries_, next_values, w_);
+    } else {
+      ExpandSide(g_, Side::kK, k_bits, keys, w_.tile);
+      DenseScores(FloatRows{w_.tile, kBlockTokens}, g_.head_dim, ref.tokens, queries_, w_);
+      Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
+      ExpandSide(g_, Side::kV, v_bits, values, w_.tile);
+      DenseValues(FloatRows{w_.tile, g_.head_dim}, g_.head_dim, ref.tokens, queries_, w_);
+    }
+  }
+
+  // Row r of the item (item_.row + r of the sequence) sees the step's rows up to itself.
+  void AttendStep() {
+    const int64_t stride = int64_t{g_.num_kv_heads} * g_.head_dim;
+    const int end = item_.row + item_.rows;
+    for (int begin = 0; begin < end; begin += kBlockTokens) {
+      const int tokens = std::min(kBlockTokens, end - begin);
+      const int64_t first =
+          (int64_t{item_.sequence->row_begin} + begin) * stride + int64_t{item_.kv_head} * g_.head_dim;
+      TransposeKeys(args_.k + first, stride, tokens, g_.head_dim, w_.tile);
+      DenseScores(FloatRows{w_.tile, kBlockTokens}, g_.head_dim, tokens, queries_, w_);
+      Softmax(tokens, item_.row + 1 - begin, group_, queries_, w_);
+      DenseValues(FloatRows{args_.v + first, stride}, g_.head_dim, tokens, queries_, w_);
+    }
+  }
+
+  void WriteOut() {
+    const DF df;
+    for (int i = 0; i < queries_; ++i) {
+      float* out = args_.out + QueryPlace(i);
+      const VF inverse = hn::Set(df, 1.0f / w_.sum[i]);
+      for (int c = 0; c < g_.head_dim; c += Width()) {
+        hn::StoreU(hn::Mul(hn::Load(df, w_.out + i * kMaxHeadDim + c), inverse), df, out + c);
+      }
+    }
+  }
+
+  void WritePartial(float* to) {
+    for (int i = 0; i < queries_; ++i) {
+      std::copy_n(w_.out + i * kMaxHeadDim, g_.head_dim, to + i * g_.head_dim);
+    }
+    std::copy_n(w_.top, queries_, to + queries_ * g_.head_dim);
+    std::copy_n(w_.sum, queries_, to + queries_ * (g_.head_dim + 1));
+  }
+
+  const AttentionArgs& args_;
+  const AttentionItem& item_;
+  const KvGeometry g_;
+  const int group_;
+  const int queries_;
+  const bool integer_;
+  bool queries_quantized_ = false;
+  AttentionWorkspace& w_;
+};
+
+void RunItem(const AttentionArgs& args, const AttentionItem& item, bool integer,
+             AttentionWorkspace& workspace, float* partials) {
+  ItemRun(args, item, integer, workspace).Run(partials);
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace triaxial
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace triaxial {
+
+HWY_EXPORT(RunItem);
+
+void RunAttentionItem(const AttentionArgs& args, const AttentionItem& item, bool integer,
+                      AttentionWorkspace& workspace, float* partials) {
+  HWY_DYNAMIC_DISPATCH(RunItem)(args, item, integer, workspace, partials);
+}
+
+}  // namespace triaxial
+#endif  // HWY_ONCE

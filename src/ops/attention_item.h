@@ -1,0 +1,62 @@
+// The unit of work of fused attention (internal to ops/attention.cc): query rows of one sequence and KV head
+// against a range of its context, block by block with an online softmax.
+#ifndef TRIAXIAL_OPS_ATTENTION_ITEM_H_
+#define TRIAXIAL_OPS_ATTENTION_ITEM_H_
+
+#include <cstdint>
+
+#include "ops/attention.h"
+
+namespace triaxial {
+
+// Query vectors of an item: its rows times the query heads of the group, [row][head]. A multiple of four, the
+// register block of all kernels.
+inline constexpr int kItemQueries = 64;
+inline constexpr int kMaxHeadDim = 128;
+inline constexpr int kMaxChannelGroups = kMaxHeadDim / kPaperGroup;
+
+struct AttentionItem {
+  const AttentionSequence* sequence = nullptr;
+  int kv_head = 0;
+  int row = 0;  // first row, within the sequence
+  int rows = 0;
+  int64_t block_begin = 0;
+  int64_t block_end = 0;
+  bool step = false;           // attends to the step's own rows too
+  int64_t partial_place = -1;  // of its PartialState among the partial states; -1: writes args.out
+};
+
+// Where an item leaves its state if others share its context: o (not normalized) [queries][head_dim], then
+// the maximum [queries] (base 2) and the sum of weights [queries].
+inline int64_t PartialFloats(int queries, int head_dim) { return int64_t{queries} * (head_dim + 2); }
+
+// Everything a thread needs for one item. Rows of matrices lie kMaxHeadDim or kBlockTokens apart whatever the
+// geometry. Starts zeroed, so that what pads a register block is a number.
+struct AttentionWorkspace {
+  alignas(64) float q[kItemQueries * kMaxHeadDim];        // times scale * log2(e)
+  alignas(64) float scores[kItemQueries * kBlockTokens];  // of one tile; then the weights 2^(score - top)
+  alignas(64) float out[kItemQueries * kMaxHeadDim];      // sum of weight * value
+  alignas(64) float tile[kBlockTokens * kMaxHeadDim];     // one side of one block, expanded
+  float top[kItemQueries];                                // largest score so far
+  float sum[kItemQueries];                                // of weights
+  float keep[kItemQueries];                               // factor of `out` for the new top
+
+  // Rows of the integer kernels in fixed point, a byte a plane, the most significant one first.
+  struct Planes {
+    alignas(64) int8_t bytes[kItemQueries][3][kMaxHeadDim];
+    float step[kItemQueries];                    // of the last plane used
+    float sum[kMaxChannelGroups][kItemQueries];  // what multiplies no code: see the kernels
+  };
+  Planes queries;
+  float coarse_sum[kItemQueries];  // queries.sum[0] of the first two planes
+  Planes weights;
+};
+
+// Runs one item with vectors of this machine. With `integer`, compressed blocks go through the kernels of
+// ops/attention_vnni.h, else they are expanded a tile at a time.
+void RunAttentionItem(const AttentionArgs& args, const AttentionItem& item, bool integer,
+                      AttentionWorkspace& workspace, float* partials);
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_OPS_ATTENTION_ITEM_H_
