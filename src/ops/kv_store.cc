@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -66,22 +65,20 @@ void CompleteBlock(const KvGeometry& g, const ClipRatios& clip, const uint8_t* t
 void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, const float* k,
              const float* v, std::span<const KvStore> stores) {
   // Runs of stores that depend on each other: those that read or write the same tail.
-  std::vector<std::pair<uint64_t, const KvStore*>> ordered;
+  std::vector<const KvStore*> ordered;
   int64_t values = 0;
   for (const KvStore& store : stores) {
     CHECK(store.from_tail + store.rows <= kBlockTokens);
-    CHECK(Appends(store) ||
-          (store.from_tail + store.rows == kBlockTokens && store.unit_row != store.tail_row));
-    const bool alone = !Appends(store) && store.from_tail == 0;
-    const uint64_t key = alone ? (uint64_t{1} << 32) + ordered.size() : store.tail_row;
-    ordered.emplace_back(key, &store);
+    CHECK(Appends(store) || store.from_tail + store.rows == kBlockTokens);
+    CHECK(Appends(store) || store.from_tail == 0 || store.unit_row != store.tail_row);
+    ordered.push_back(&store);
     values += int64_t{2} * store.rows * g.num_kv_heads * g.head_dim;
   }
   std::stable_sort(ordered.begin(), ordered.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
+                   [](const KvStore* a, const KvStore* b) { return a->tail_row < b->tail_row; });
   std::vector<size_t> begins;
   for (size_t i = 0; i < ordered.size(); ++i) {
-    if (i == 0 || ordered[i].first != ordered[i - 1].first) begins.push_back(i);
+    if (i == 0 || ordered[i]->tail_row != ordered[i - 1]->tail_row) begins.push_back(i);
   }
   const int64_t groups = static_cast<int64_t>(begins.size());
   begins.push_back(ordered.size());
@@ -91,7 +88,7 @@ void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, 
     const size_t group = static_cast<size_t>(task / g.num_kv_heads);
     const int64_t head = task % g.num_kv_heads;
     for (size_t i = begins[group]; i < begins[group + 1]; ++i) {
-      const KvStore& store = *ordered[i].second;
+      const KvStore& store = *ordered[i];
       const int64_t first = store.row_begin * row_stride + head * g.head_dim;
       uint8_t* to = HeadOf(g, arena_layer, store.unit_row, store.format, head);
       if (Appends(store)) {

@@ -10,12 +10,11 @@
 
 namespace triaxial {
 
-// Runs a step's stores for one layer over all heads, in parallel over sequences and heads but in order within
-// each tail. k, v: [rows][num_kv_heads][head_dim] F32 as attention got them; `row_begin` of a store indexes
-// them. Every value is rounded to BF16 before it is quantized, so a block's bytes do not depend on how its
-// tokens were spread over steps (some waited in the tail, some did not). A store that opens a tail zeroes the
-// places of the tokens to come. No store may read or write rows that another store of the step writes, other
-// than a tail shared in order.
+// Runs a step's stores for one layer over all heads, in parallel over heads and tails, in order among stores
+// of the same tail_row (see KvStore). k, v: [rows][num_kv_heads][head_dim] F32 as attention got them;
+// `row_begin` of a store indexes them. Every value is rounded to BF16 before it is quantized, so a block's
+// bytes do not depend on how its tokens were spread over steps (some waited in the tail, some did not). A
+// store that opens a tail (from_tail 0) zeroes the places of the tokens to come.
 void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, const float* k,
              const float* v, std::span<const KvStore> stores);
 // Runs conversions for one layer, in parallel. A conversion reads all heads of a block before it writes, so

@@ -1,0 +1,219 @@
+#include "ops/kv_store.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/float16.h"
+
+namespace triaxial {
+namespace {
+
+constexpr Format kQuantized[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4};
+
+KvGeometry Geometry(Codec codec, int head_dim = 128) { return {1, 3, head_dim, codec}; }
+
+// One layer's rows; filled with bytes that are NaN as BF16 and as FP16, as memory that was used before may
+// be.
+std::vector<uint8_t> DirtyArena(const KvGeometry& g, int rows) {
+  return std::vector<uint8_t>(static_cast<size_t>(rows * UnitRowBytes(g)), 0xff);
+}
+
+std::vector<float> RandomRows(const KvGeometry& g, int rows, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<size_t>(rows * g.num_kv_heads * g.head_dim));
+  for (float& value : x) value = normal(rng) * 3.0f;
+  return x;
+}
+
+// What one head of a block must hold: the scalar codec over its rows, rounded to BF16.
+std::vector<uint8_t> ExpectedHead(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k,
+                                  const float* v, int first_row, int rows, int head) {
+  std::vector<float> side[2];
+  for (int t = first_row; t < first_row + rows; ++t) {
+    for (int c = 0; c < g.head_dim; ++c) {
+      const int i = (t * g.num_kv_heads + head) * g.head_dim + c;
+      side[0].push_back(Bf16ToFloat(FloatToBf16(k[i])));
+      side[1].push_back(Bf16ToFloat(FloatToBf16(v[i])));
+    }
+  }
+  std::vector<uint8_t> out(static_cast<size_t>(HeadBytes(g, f)));
+  EncodeBlockScalar(g, f, clip, side[0].data(), side[1].data(), g.head_dim, rows, out.data());
+  return out;
+}
+
+void ExpectBlock(const KvGeometry& g, Format f, const ClipRatios& clip, const std::vector<uint8_t>& arena,
+                 uint32_t unit_row, const std::vector<float>& k, const std::vector<float>& v, int first_row,
+                 int rows) {
+  for (int head = 0; head < g.num_kv_heads; ++head) {
+    const auto expected = ExpectedHead(g, f, clip, k.data(), v.data(), first_row, rows, head);
+    const uint8_t* got = arena.data() + unit_row * UnitRowBytes(g) + head * HeadBytes(g, f);
+    ASSERT_TRUE(std::equal(expected.begin(), expected.end(), got))
+        << Name(g.codec) << " " << Name(f) << ", head " << head << ", rows from " << first_row;
+  }
+}
+
+// A prompt of 150 tokens after a tail of 23: the tail's block, one whole block, and 45 tokens in the tail
+// again, at the same row, which must be read before it is written.
+TEST(StoreKv, CompletesTheTailStoresWholeBlocksAndReopensTheTail) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const Format f : kQuantized) {
+      for (const int head_dim : {64, 128}) {
+        const KvGeometry g = Geometry(codec, head_dim);
+        const ClipRatios clip{0.9f, 0.96f};
+        const uint32_t tail = 0, first = static_cast<uint32_t>(UnitsOf(g, Format::kBf16));
+        const uint32_t second = first + static_cast<uint32_t>(UnitsOf(g, f));
+        auto arena = DirtyArena(g, static_cast<int>(second) + UnitsOf(g, f) + 1);
+        const auto k = RandomRows(g, 173, 1), v = RandomRows(g, 173, 2);
+        const KvStore fill{tail, tail, 0, 0, 23, Format::kBf16};
+        StoreKv(g, clip, arena.data(), k.data(), v.data(), {&fill, 1});
+        ExpectBlock(g, Format::kBf16, clip, arena, tail, k, v, 0, 23);
+
+        const KvStore stores[] = {{first, tail, 0, 23, 41, f},
+                                  {second, second, 41, 0, 64, f},
+                                  {tail, tail, 105, 0, 45, Format::kBf16}};
+        const int64_t done = int64_t{23} * g.num_kv_heads * g.head_dim;
+        StoreKv(g, clip, arena.data(), k.data() + done, v.data() + done, stores);
+        ExpectBlock(g, f, clip, arena, first, k, v, 0, 64);
+        ExpectBlock(g, f, clip, arena, second, k, v, 64, 64);
+        ExpectBlock(g, Format::kBf16, clip, arena, tail, k, v, 128, 45);
+        // Nothing was written past the last block.
+        for (auto p = arena.end() - UnitRowBytes(g); p != arena.end(); ++p) ASSERT_EQ(*p, 0xff);
+      }
+    }
+  }
+}
+
+// The bytes of a block depend on its tokens alone, not on the steps that brought them.
+TEST(StoreKv, ChunkingDoesNotChangeABlock) {
+  const KvGeometry g = Geometry(Codec::kRotated);
+  const auto k = RandomRows(g, 64, 3), v = RandomRows(g, 64, 4);
+  const uint32_t tail = 0, block = 128;
+  std::vector<uint8_t> whole;
+  std::mt19937 rng(5);
+  for (int round = 0; round < 20; ++round) {
+    auto arena = DirtyArena(g, 128 + UnitsOf(g, Format::kK4V2));
+    int done = 0;
+    while (done < 64) {
+      const int rows = round == 0 ? 64 : std::min(64 - done, static_cast<int>(rng() % 30) + 1);
+      const bool completes = done + rows == 64;
+      const KvStore store{completes ? block : tail,
+                          completes && done == 0 ? block : tail,
+                          done,
+                          static_cast<uint8_t>(done),
+                          static_cast<uint8_t>(rows),
+                          completes ? Format::kK4V2 : Format::kBf16};
+      StoreKv(g, {}, arena.data(), k.data(), v.data(), {&store, 1});
+      done += rows;
+    }
+    const std::vector<uint8_t> stored(arena.begin() + block * UnitRowBytes(g), arena.end());
+    if (round == 0) whole = stored;
+    ASSERT_EQ(stored, whole) << round;
+  }
+}
+
+TEST(StoreKv, OneTokenAtATimeFillsATail) {
+  const KvGeometry g = Geometry(Codec::kPaper, 64);
+  auto arena = DirtyArena(g, UnitsOf(g, Format::kBf16));
+  const auto k = RandomRows(g, 64, 6), v = RandomRows(g, 64, 7);
+  for (int t = 0; t < 64; ++t) {
+    const KvStore store{0, 0, t, static_cast<uint8_t>(t), 1, Format::kBf16};
+    StoreKv(g, {}, arena.data(), k.data(), v.data(), {&store, 1});
+    if (t % 9 == 0 || t == 63) ExpectBlock(g, Format::kBf16, {}, arena, 0, k, v, 0, t + 1);
+  }
+}
+
+// Many sequences in one step, each with its own tail, given in an order that interleaves them.
+TEST(StoreKv, SequencesDoNotDisturbEachOther) {
+  const KvGeometry g = Geometry(Codec::kRotated);
+  const int units = UnitsOf(g, Format::kBf16), small = UnitsOf(g, Format::kK2V2);
+  const int sequences = 12;
+  auto arena = DirtyArena(g, sequences * (units + small));
+  const auto k = RandomRows(g, sequences * 80, 8), v = RandomRows(g, sequences * 80, 9);
+  std::vector<KvStore> stores;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int s = 0; s < sequences; ++s) {
+      const uint32_t tail = static_cast<uint32_t>(s * units);
+      const uint32_t block = static_cast<uint32_t>(sequences * units + s * small);
+      if (pass == 0) stores.push_back({block, block, s * 80, 0, 64, Format::kK2V2});
+      if (pass == 1) stores.push_back({tail, tail, s * 80 + 64, 0, 16, Format::kBf16});
+    }
+  }
+  StoreKv(g, {}, arena.data(), k.data(), v.data(), stores);
+  for (int s = 0; s < sequences; ++s) {
+    ExpectBlock(g, Format::kK2V2, {}, arena, static_cast<uint32_t>(sequences * units + s * small), k, v,
+                s * 80, 64);
+    ExpectBlock(g, Format::kBf16, {}, arena, static_cast<uint32_t>(s * units), k, v, s * 80 + 64, 16);
+  }
+}
+
+// A converted block is what the scalar codec makes of the values that the old format held, also where the new
+// place overlaps the old one.
+TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const Format from : {Format::kBf16, Format::kK4V4, Format::kK4V2}) {
+      for (const Format to : kQuantized) {
+        for (const uint32_t to_row : {0u, 5u, 10u, 200u}) {
+          const KvGeometry g = Geometry(codec);
+          const ClipRatios clip{0.9f, 0.9f};
+          const uint32_t from_row = 5;
+          auto arena = DirtyArena(g, 250);
+          const auto k = RandomRows(g, 64, 10), v = RandomRows(g, 64, 11);
+          std::vector<std::vector<uint8_t>> expected;
+          for (int head = 0; head < g.num_kv_heads; ++head) {
+            const auto old = ExpectedHead(g, from, clip, k.data(), v.data(), 0, 64, head);
+            std::copy(old.begin(), old.end(),
+                      arena.begin() + from_row * UnitRowBytes(g) + head * HeadBytes(g, from));
+            std::vector<float> values[2];
+            for (const Side side : {Side::kK, Side::kV}) {
+              auto& x = values[static_cast<int>(side)];
+              x.resize(static_cast<size_t>(64 * g.head_dim));
+              DecodeSideScalar(g, from, side, old.data(), 64, x.data());
+            }
+            expected.emplace_back(static_cast<size_t>(HeadBytes(g, to)));
+            EncodeBlockScalar(g, to, clip, values[0].data(), values[1].data(), g.head_dim, 64,
+                              expected.back().data());
+          }
+          const KvConvert convert{from_row, to_row, from, to};
+          ConvertKv(g, clip, arena.data(), {&convert, 1});
+          for (int head = 0; head < g.num_kv_heads; ++head) {
+            const uint8_t* got = arena.data() + to_row * UnitRowBytes(g) + head * HeadBytes(g, to);
+            const auto& want = expected[static_cast<size_t>(head)];
+            ASSERT_TRUE(std::equal(want.begin(), want.end(), got))
+                << Name(codec) << " " << Name(from) << " to " << Name(to) << " at " << to_row;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(ConvertKv, ManyAtOnce) {
+  const KvGeometry g = Geometry(Codec::kRotated);
+  const int units = UnitsOf(g, Format::kBf16), small = UnitsOf(g, Format::kK4V4);
+  const int blocks = 7;
+  auto arena = DirtyArena(g, blocks * (units + small));
+  const auto k = RandomRows(g, blocks * 64, 12), v = RandomRows(g, blocks * 64, 13);
+  std::vector<KvStore> stores;
+  std::vector<KvConvert> converts;
+  for (int i = 0; i < blocks; ++i) {
+    const uint32_t from = static_cast<uint32_t>(i * units),
+                   to = static_cast<uint32_t>(blocks * units + i * small);
+    stores.push_back({from, from, i * 64, 0, 64, Format::kBf16});
+    converts.push_back({from, to, Format::kBf16, Format::kK4V4});
+  }
+  StoreKv(g, {}, arena.data(), k.data(), v.data(), stores);
+  ConvertKv(g, {}, arena.data(), converts);
+  for (int i = 0; i < blocks; ++i) {
+    ExpectBlock(g, Format::kK4V4, {}, arena, converts[static_cast<size_t>(i)].to_row, k, v, i * 64, 64);
+  }
+}
+
+}  // namespace
+}  // namespace triaxial
