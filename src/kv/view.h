@@ -19,8 +19,9 @@ struct KvBlockRef {
 // Stores of one step, executed per layer in order, after that layer's attention has read the old state.
 // Completes or extends a block: its first `from_tail` tokens come from the BF16 block at `tail_row`, the next
 // `rows` from rows [row_begin, row_begin + rows) of the step's K and V.
-//  - format kBf16 with unit_row == tail_row: append in place at token `from_tail`.
+//  - format kBf16 (then unit_row == tail_row): append in place at token `from_tail`.
 //  - otherwise from_tail + rows == 64: encode all into unit_row.
+// tail_row == unit_row where nothing is read from a tail, so stores of different tail_row are independent.
 struct KvStore {
   uint32_t unit_row = 0;
   uint32_t tail_row = 0;
