@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <random>
@@ -11,6 +12,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "text/bpe.h"
+#include "text/pre_tokenizer.h"
 #include "text/utf8.h"
 
 namespace triaxial {
@@ -171,6 +173,45 @@ TEST(Bpe, ShortAndLongPiecesFollowTheDefinition) {
       ASSERT_EQ(ids, MergeByDefinition(text, merges)) << text;
     }
   }
+}
+
+// Patterns that exhaust stack and step limits: the text must come out whole, in little time.
+TEST(PreTokenizer, LimitsOfTheRegexEngineLoseNothing) {
+  for (const std::string pattern : {"(?:(a)|(b))+", "(?:a|aa)+[cd]", "x*", "[]\\s]\\S"}) {
+    const auto compiled = PreTokenizer::Compile(pattern, "test");
+    ASSERT_TRUE(compiled.ok()) << compiled.status().message();
+    for (const std::string& text :
+         {std::string(100000, 'a'), std::string(100000, 'a') + "cab", std::string()}) {
+      PreTokenizer::Splitter splitter(*compiled, text);
+      std::string joined;
+      for (std::string_view piece; splitter.Next(&piece);) {
+        ASSERT_FALSE(piece.empty());
+        joined += piece;
+      }
+      EXPECT_EQ(joined, text);
+    }
+  }
+}
+
+// This pattern needs more stack than the machine code has; the interpreter does it.
+TEST(PreTokenizer, TheInterpreterTakesOver) {
+  const auto compiled = PreTokenizer::Compile("(?:(a)|(b))+", "test");
+  ASSERT_TRUE(compiled.ok());
+  const std::string text = std::string(50000, 'a') + "cab";
+  PreTokenizer::Splitter splitter(*compiled, text);
+  std::vector<size_t> sizes;
+  for (std::string_view piece; splitter.Next(&piece);) sizes.push_back(piece.size());
+  EXPECT_EQ(sizes, (std::vector<size_t>{50000, 1, 2}));
+}
+
+// \s is White_Space: PCRE2's own would take U+180E too and join it with the spaces.
+TEST(PreTokenizer, SpacesAreThoseOfUnicode) {
+  const auto compiled = PreTokenizer::Compile("\\s+|[^\\s]+", "test");
+  ASSERT_TRUE(compiled.ok());
+  PreTokenizer::Splitter splitter(*compiled, "a\u3000\u0085\n \u180E");
+  std::vector<std::string> pieces;
+  for (std::string_view piece; splitter.Next(&piece);) pieces.emplace_back(piece);
+  EXPECT_EQ(pieces, (std::vector<std::string>{"a", "\u3000\u0085\n ", "\u180E"}));
 }
 
 TEST(Tokenizer, EncodesWhatItDecodes) {

@@ -1,6 +1,7 @@
 // Text against references: token ids of the published tokenizers, prompts of the published chat templates.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <sstream>
 
