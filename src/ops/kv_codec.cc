@@ -412,29 +412,39 @@ void RoundToBf16(const float* x, int64_t n, float* out) {
   }
 }
 
-// Butterflies within a vector exchange lanes at `distance` and negate the upper of each pair; the sums are
-// those of HadamardScalar.
-HWY_INLINE VF ButterflyInVector(VF v, int distance) {
-  const DF df;
-  const DI di;
-  HWY_ALIGN_MAX int32_t partner[16];
-  HWY_ALIGN_MAX int32_t sign[16];
-  for (int i = 0; i < 16; ++i) {
-    partner[i] = i ^ distance;
-    sign[i] = (i & distance) != 0 ? INT32_MIN : 0;
+// A butterfly within a vector: lanes at a distance are exchanged and the upper of each pair is negated, so
+// the sums are those of HadamardScalar.
+class LaneButterfly {
+ public:
+  explicit LaneButterfly(int distance) {
+    for (int i = 0; i < 16; ++i) {
+      partner_[i] = i ^ distance;
+      sign_[i] = (i & distance) != 0 ? INT32_MIN : 0;
+    }
   }
-  const VF signed_v = hn::Xor(v, hn::BitCast(df, hn::Load(di, sign)));
-  return hn::Add(hn::TableLookupLanes(v, hn::SetTableIndices(df, partner)), signed_v);
-}
+  HWY_INLINE VF operator()(VF v) const {
+    const DF df;
+    const VF signed_v = hn::Xor(v, hn::BitCast(df, hn::Load(DI(), sign_)));
+    return hn::Add(hn::TableLookupLanes(v, hn::SetTableIndices(df, partner_)), signed_v);
+  }
+
+ private:
+  HWY_ALIGN_MAX int32_t partner_[16];
+  HWY_ALIGN_MAX int32_t sign_[16];
+};
 
 void Hadamard(float* x, int64_t count, int head_dim) {
   const DF df;
   const int n = Width();
+  const LaneButterfly by1(1), by2(2), by4(4), by8(8);
   const VF norm = hn::Set(df, static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))));
   for (float* HWY_RESTRICT head = x; head < x + count * head_dim; head += head_dim) {
     for (int i = 0; i < head_dim; i += n) {
       VF v = hn::LoadU(df, head + i);
-      for (int distance = 1; distance < n; distance *= 2) v = ButterflyInVector(v, distance);
+      if (n > 1) v = by1(v);
+      if (n > 2) v = by2(v);
+      if (n > 4) v = by4(v);
+      if (n > 8) v = by8(v);
       hn::StoreU(v, df, head + i);
     }
     for (int distance = n; distance < head_dim; distance *= 2) {

@@ -32,7 +32,10 @@ bool Appends(const KvStore& store) {
 // Writes rows of one head into the places of tokens [from_tail, from_tail + rows) of its tail.
 void AppendToTail(const KvGeometry& g, uint8_t* head_bytes, const float* k, const float* v,
                   int64_t row_stride, const KvStore& store) {
-  if (store.from_tail == 0) std::memset(head_bytes, 0, static_cast<size_t>(HeadBytes(g, Format::kBf16)));
+  if (store.from_tail == 0) {  // also zeroes the places of the tokens to come
+    EncodeBlock(g, Format::kBf16, {}, k, v, row_stride, store.rows, head_bytes);
+    return;
+  }
   uint8_t* keys = head_bytes;
   uint8_t* values = head_bytes + SideOffset(g, Format::kBf16, Side::kV);
   for (int i = 0; i < store.rows; ++i) {
@@ -69,7 +72,7 @@ void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, 
   int64_t values = 0;
   for (const KvStore& store : stores) {
     CHECK(store.from_tail + store.rows <= kBlockTokens);
-    CHECK(Appends(store) || store.from_tail + store.rows == kBlockTokens);
+    CHECK(Appends(store) ? store.rows > 0 : store.from_tail + store.rows == kBlockTokens);
     CHECK(Appends(store) || store.from_tail == 0 || store.unit_row != store.tail_row);
     ordered.push_back(&store);
     values += int64_t{2} * store.rows * g.num_kv_heads * g.head_dim;
