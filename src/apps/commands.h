@@ -19,6 +19,7 @@ Command AddServe(CLI::App* app);
 Command AddGenerate(CLI::App* app);
 Command AddTag(CLI::App* app);
 Command AddInspect(CLI::App* app);
+Command AddDemo(CLI::App* app);
 // Has subcommands of its own.
 Command AddPolicy(CLI::App* app);
 

@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
   const std::pair<const char*, triaxial::Command> commands[] = {
       {"serve", triaxial::AddServe(&app)},   {"generate", triaxial::AddGenerate(&app)},
       {"tag", triaxial::AddTag(&app)},       {"inspect", triaxial::AddInspect(&app)},
-      {"policy", triaxial::AddPolicy(&app)},
+      {"policy", triaxial::AddPolicy(&app)}, {"demo", triaxial::AddDemo(&app)},
   };
   try {
     app.parse(argc, argv);
