@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 BINARY := build/release/triaxial
 DEMO := tools/demo.sh
-SOURCES := git ls-files '*.cc' '*.h' '*.cu' '*.cuh'
+# Root may build in a user's clone, which git would refuse to list.
+SOURCES := git -c safe.directory='*' ls-files '*.cc' '*.h' '*.cu' '*.cuh'
 # What `make tidy` compares with: the files changed since then are checked.
 BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || echo HEAD~)
 
@@ -26,7 +27,7 @@ build: configure-release
 	cmake --build --preset release --target triaxial
 
 demo: build
-	$(DEMO)
+	$(DEMO) $(ARGS)
 
 serve: build
 	$(BINARY) serve $(ARGS)
