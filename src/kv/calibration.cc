@@ -23,8 +23,10 @@ constexpr std::array<const char*, 5> kFields = {"version", "head_dim", "key_equa
 // A value as an error message shows it.
 std::string Shown(const Json& value) {
   std::string text = DumpJsonLikePython(value);
-  if (text.size() > 60) text = text.substr(0, text.find_last_of(", ", 57)) + " ...";
-  return text;
+  if (text.size() <= 60) return text;
+  size_t end = 57;
+  while ((text[end] & 0xc0) == 0x80) --end;  // between characters
+  return text.substr(0, end) + "...";
 }
 
 Status Wrong(const std::string& path, std::string_view field, const std::string& expected,

@@ -1,5 +1,5 @@
 // The codec's own calibration, a small file beside the checkpoint (kv_calibration.json): static equalization
-// of key channels and clip ratios for 2-bit sides (KERNELS: "static equalization").
+// of key channels and clip ratios for 2-bit sides. docs/kv-format.md describes it.
 #ifndef TRIAXIAL_KV_CALIBRATION_H_
 #define TRIAXIAL_KV_CALIBRATION_H_
 
@@ -14,19 +14,24 @@ namespace triaxial {
 struct KvCalibration {
   // Per layer, head_dim / 2 positive factors: key channels c and c + head_dim / 2 (a RoPE pair) are divided
   // by factor[c], the same query channels multiplied by it. Folded into k_norm and q_norm weights at load
-  // time, so the model's function is unchanged.
+  // time, so the model's function is unchanged. Empty: the identity.
   std::vector<std::vector<float>> key_equalization;
   ClipRatios clip;
   bool calibrated =
       false;  // false: no file; 2-bit keys of the rotated codec are then stored at 4 bits (k2v2 becomes k4v2)
 };
 
-// Reads directory/kv_calibration.json:
-//   {"version": 1, "head_dim": 128, "key_equalization": [[64 floats] per layer], "clip_k2": 0.9, "clip_v2":
-//   0.9}
+// Equalization factors beyond these would only move rounding errors from keys to queries or back.
+inline constexpr float kMinEqualization = 0x1p-16f;
+inline constexpr float kMaxEqualization = 0x1p16f;
+
+// Reads directory/kv_calibration.json, all fields required:
+//   {"version": 1, "head_dim": 128, "key_equalization": [[64 floats] per layer], "clip_k2": 0.9,
+//    "clip_v2": 0.9}
 // A missing file yields the identity with calibrated = false. Errors: InvalidArgument naming file, field,
-// expected, found.
+// expected, found; unknown fields are errors.
 Result<KvCalibration> LoadKvCalibration(const std::string& directory, int num_layers, int head_dim);
+// Reading the file back gives the same floats.
 Status SaveKvCalibration(const std::string& path, const KvCalibration& calibration, int head_dim);
 
 }  // namespace triaxial
