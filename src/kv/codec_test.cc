@@ -226,6 +226,35 @@ TEST(Codec, HostileValuesGiveFiniteMetadata) {
   EXPECT_NEAR(decoded[0], 0.0f, 4400.0f);
 }
 
+// The worked example of docs/kv-format.md, byte by byte.
+TEST(Codec, WorkedExampleOfTheDocument) {
+  const KvGeometry g{1, 1, 64, Codec::kRotated};
+  std::vector<float> k, v;
+  for (int t = 0; t < 18; ++t) {
+    for (int c = 0; c < 64; ++c) {
+      k.push_back(static_cast<float>((c + t) % 4));
+      v.push_back(-1.0f + 0.5f * static_cast<float>((c + c / 16 + t) % 4));
+    }
+  }
+  std::vector<uint8_t> block(static_cast<size_t>(HeadBytes(g, Format::kK2V2)));
+  EncodeBlockScalar(g, Format::kK2V2, {}, k.data(), v.data(), 64, 18, block.data());
+  const auto bytes = [&](size_t at, size_t n) {
+    return std::vector<int>(block.begin() + static_cast<long>(at), block.begin() + static_cast<long>(at + n));
+  };
+  using Bytes = std::vector<int>;
+  ASSERT_EQ(block.size(), 2560u);
+  EXPECT_EQ(bytes(0, 8), (Bytes{0x00, 0x05, 0x0a, 0x0f, 0x05, 0x0a, 0x0f, 0x00}));  // tokens 0 16, 1 17
+  EXPECT_EQ(bytes(8, 4), (Bytes{0x02, 0x03, 0x00, 0x01}));                          // token 2
+  EXPECT_EQ(bytes(64, 4), (Bytes{0x00, 0x05, 0x0a, 0x0f}));                         // channels 4 to 7
+  EXPECT_EQ(bytes(1024, 2), (Bytes{0x00, 0x3c}));                                   // K's scale of token 0
+  EXPECT_EQ(bytes(1024 + 34, 4), (Bytes{0x00, 0x3c, 0x00, 0x00}));                  // of tokens 17 and 18
+  EXPECT_EQ(bytes(1152, 2), (Bytes{0x00, 0x00}));                                   // K's minimum of token 0
+  EXPECT_EQ(bytes(1280, 8), (Bytes{0xe4, 0x39, 0x4e, 0x93, 0x39, 0x4e, 0x93, 0xe4}));
+  EXPECT_EQ(bytes(1280 + 4 * 64, 4), (Bytes{0xe4, 0x39, 0x00, 0x00}));  // tokens 16 and 17 of channel 0
+  EXPECT_EQ(bytes(1280 + 1024, 2), (Bytes{0x00, 0x38}));                // V's scale of token 0
+  EXPECT_EQ(bytes(1280 + 1152, 2), (Bytes{0x00, 0xbc}));                // V's minimum of token 0
+}
+
 TEST(Codec, UnwrittenTokensAreZero) {
   for (const KvGeometry& g : AllGeometries()) {
     for (const Format f : kAllFormats) {
