@@ -1,0 +1,47 @@
+// From an allocated step to logits: images, batch, model.
+#ifndef TRIAXIAL_ENGINE_EXECUTOR_H_
+#define TRIAXIAL_ENGINE_EXECUTOR_H_
+
+#include <span>
+#include <vector>
+
+#include "engine/request_state.h"
+#include "io/model_config.h"
+#include "kv/arena.h"
+#include "model/model.h"
+
+namespace triaxial {
+
+// Throws what the model throws (std::bad_alloc above all).
+class Executor {
+ public:
+  // `model` and `arena` must outlive it.
+  Executor(Model* model, KvArena* arena, const PreprocessorConfig& preprocessor)
+      : model_(model), arena_(arena), preprocessor_(preprocessor) {}
+
+  // Runs the vision tower on the images that the next `count` tokens of a prompt reach. Each image is encoded
+  // once, when the prefill reaches it (again after a preemption), and its features go when it has passed, so
+  // that a prompt with many pictures holds those of one chunk.
+  void EncodeImages(RequestState* request, int32_t count);
+
+  // Runs the model on a step.
+  void Run(const Step& step);
+
+  // Next-token logits of a step's item, for items that end at their sequence's last token; else empty.
+  std::span<float> Logits(size_t item);
+
+ private:
+  static void DropPassedImages(RequestState* request);
+  void AddVisualRows(const RequestState& request, const Step::Item& item);
+
+  Model* model_;
+  KvArena* arena_;
+  PreprocessorConfig preprocessor_;
+  Batch batch_;
+  std::vector<float> logits_;       // [batch_.logits_rows.size()][vocab]
+  std::vector<int32_t> logits_of_;  // [items] row of logits_, or -1
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_ENGINE_EXECUTOR_H_

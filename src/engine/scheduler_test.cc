@@ -1,0 +1,264 @@
+#include "engine/scheduler.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+
+#include "kv/policy.h"
+
+namespace triaxial {
+namespace {
+
+constexpr KvGeometry kGeometry = {1, 1, 64, Codec::kPaper};
+
+int64_t Rows(Format format) { return UnitsOf(kGeometry, format); }
+
+// Scheduler, cache and sequences that generate a given number of tokens; the model is left out.
+class World {
+ public:
+  World(int64_t total_rows, SchedulerLimits limits)
+      : cache(kGeometry, total_rows),
+        scheduler(limits, &cache, [this](uint32_t, uint32_t, int) { ++moves; }) {}
+
+  struct Job : Sequence {
+    int32_t to_generate = 0;
+    Format wish = Format::kK2V2;
+    bool failed = false;
+    bool done = false;
+  };
+
+  Job* Add(int32_t prompt, int32_t to_generate, Format wish = Format::kK2V2) {
+    auto job = std::make_unique<Job>();
+    job->id = static_cast<RequestId>(jobs.size()) + 1;
+    job->kv_tokens.assign(static_cast<size_t>(prompt), {0, wish});
+    job->to_generate = to_generate;
+    job->wish = wish;
+    scheduler.Enqueue(job.get());
+    jobs.push_back(std::move(job));
+    return jobs.back().get();
+  }
+
+  // One step; false if there was nothing to do.
+  bool Run() {
+    if (scheduler.idle()) return false;
+    scheduler.MakePlan(&plan);
+    scheduler.Commit(plan, &step);
+    cache.FinishStep();
+    for (const Step::Item& item : step.items) {
+      auto* job = static_cast<Job*>(item.sequence);
+      EXPECT_EQ(cache.Length(job->cache_id), job->computed);
+      EXPECT_EQ(job->computed, item.begin + item.count);
+      if (job->pending() > 0) continue;
+      job->kv_tokens.push_back({0, job->wish});
+      if (--job->to_generate == 0) {
+        scheduler.Remove(job);
+        job->done = true;
+      }
+    }
+    if (plan.fail != nullptr) {
+      scheduler.Remove(plan.fail);
+      static_cast<Job*>(plan.fail)->failed = true;
+    }
+    return true;
+  }
+
+  std::vector<std::pair<RequestId, int32_t>> Planned() const {
+    std::vector<std::pair<RequestId, int32_t>> rows;
+    for (const Plan::Rows& r : plan.rows) rows.emplace_back(r.sequence->id, r.count);
+    return rows;
+  }
+
+  KvCache cache;
+  Scheduler scheduler;
+  std::vector<std::unique_ptr<Job>> jobs;
+  Plan plan;
+  Step step;
+  int moves = 0;
+};
+
+using Rowlist = std::vector<std::pair<RequestId, int32_t>>;
+
+TEST(Scheduler, DecodesFirstThenPrefillsTheOldest) {
+  World world(100000, {.max_running = 8, .max_step_tokens = 100});
+  world.Add(30, 5);
+  world.Add(150, 5);
+  world.Add(40, 5);
+  world.Run();
+  EXPECT_EQ(world.Planned(), (Rowlist{{1, 30}, {2, 70}}));
+  world.Run();
+  EXPECT_EQ(world.Planned(), (Rowlist{{1, 1}, {2, 80}, {3, 19}}));
+  world.Run();
+  EXPECT_EQ(world.Planned(), (Rowlist{{1, 1}, {2, 1}, {3, 21}}));
+  world.Run();
+  EXPECT_EQ(world.Planned(), (Rowlist{{1, 1}, {2, 1}, {3, 1}}));
+  EXPECT_EQ(world.step.items[2].begin, 40);
+  EXPECT_EQ(world.step.items[2].row, 2);
+}
+
+TEST(Scheduler, RunsNoMoreThanItMay) {
+  World world(100000, {.max_running = 2, .max_step_tokens = 100});
+  for (int i = 0; i < 5; ++i) world.Add(10, 3);
+  world.Run();
+  EXPECT_EQ(world.Planned(), (Rowlist{{1, 10}, {2, 10}}));
+  EXPECT_EQ(world.scheduler.running(), 2);
+  EXPECT_EQ(world.scheduler.waiting(), 3);
+  while (world.Run()) {
+  }
+  for (const auto& job : world.jobs) EXPECT_TRUE(job->done);
+}
+
+TEST(Scheduler, PlanChangesNothing) {
+  World world(3 * Rows(Format::kBf16) + 5, {.max_running = 8, .max_step_tokens = 64});
+  for (int i = 0; i < 3; ++i) world.Add(60, 100);
+  for (int i = 0; i < 100; ++i) {
+    const int64_t free = world.cache.free_rows();
+    const KvUsage usage = world.cache.Usage();
+    Plan first;
+    Plan second;
+    world.scheduler.MakePlan(&first);
+    world.scheduler.MakePlan(&second);
+    EXPECT_EQ(first.rows.size(), second.rows.size());
+    EXPECT_EQ(first.preempt, second.preempt);
+    EXPECT_EQ(world.cache.free_rows(), free);
+    EXPECT_EQ(world.cache.Usage(), usage);
+    if (!world.Run()) break;
+  }
+}
+
+TEST(Scheduler, NobodyPassesAHeadThatDoesNotFit) {
+  // Room for the first and the third together, but not for the first and the second.
+  const std::vector<KvToken> long_prompt(640, {0, Format::kBf16});
+  const int64_t total = PredictRows(kGeometry, long_prompt, 0);
+  World world(total, {.max_running = 8, .max_step_tokens = 1000});
+  World::Job* first = world.Add(10, 20);
+  World::Job* second = world.Add(640, 5, Format::kBf16);
+  World::Job* third = world.Add(10, 1);
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_FALSE(first->done);
+    world.Run();
+    EXPECT_EQ(second->cache_id, 0);
+    EXPECT_EQ(third->cache_id, 0);
+  }
+  EXPECT_TRUE(first->done);
+  world.Run();
+  EXPECT_NE(second->cache_id, 0);
+  while (world.Run()) {
+  }
+  EXPECT_TRUE(second->done && third->done);
+}
+
+TEST(Scheduler, PreemptsTheYoungestAndBringsItBackFirst) {
+  // Room for both when they are admitted, but not for all that they generate.
+  World world(6 * Rows(Format::kBf16), {.max_running = 8, .max_step_tokens = 1000});
+  World::Job* first = world.Add(60, 250, Format::kBf16);
+  World::Job* second = world.Add(60, 250, Format::kBf16);
+  while (world.scheduler.preemptions() == 0) ASSERT_TRUE(world.Run());
+  EXPECT_NE(first->cache_id, 0);
+  EXPECT_EQ(second->cache_id, 0);
+  EXPECT_EQ(second->computed, 0);
+  EXPECT_GT(second->pending(), 100);  // its output is kept
+  World::Job* third = world.Add(10, 1);
+  while (second->cache_id == 0) {
+    EXPECT_EQ(third->cache_id, 0);
+    ASSERT_TRUE(world.Run());
+  }
+  while (world.Run()) {
+  }
+  EXPECT_TRUE(first->done && second->done && third->done);
+  EXPECT_EQ(second->kv_tokens.size(), 310u);
+  EXPECT_EQ(world.cache.free_rows(), world.cache.total_rows());
+}
+
+TEST(Scheduler, FailsWhatDoesNotFitAlone) {
+  World world(3 * Rows(Format::kBf16), {.max_running = 4, .max_step_tokens = 100});
+  World::Job* grows = world.Add(40, 100000, Format::kBf16);
+  World::Job* after = world.Add(10, 3);
+  World::Job* never = world.Add(64 * 40, 1, Format::kBf16);
+  World::Job* last = world.Add(10, 3);
+  int steps = 0;
+  while (world.Run()) ASSERT_LT(++steps, 100000);
+  EXPECT_TRUE(grows->failed);
+  EXPECT_GT(grows->kv_tokens.size(), 128u);  // but only when the arena was full
+  EXPECT_TRUE(after->done);
+  EXPECT_TRUE(never->failed);
+  EXPECT_TRUE(last->done);
+}
+
+TEST(Scheduler, PredictionCoversThePrefill) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 200; ++round) {
+    const int window = static_cast<int>(random() % 4) * 50;
+    const auto prompt = static_cast<int32_t>(1 + random() % 1000);
+    std::vector<KvToken> tokens;
+    Format wish = Format::kK2V2;
+    for (int32_t i = 0; i < prompt; ++i) {
+      if (random() % 20 == 0) wish = static_cast<Format>(random() % kFormats);
+      tokens.push_back({0, wish});
+    }
+    KvCache cache(kGeometry, 100000);
+    const SequenceId id = cache.CreateSequence(window);
+    KvAppend append;
+    ASSERT_TRUE(cache.Append(id, tokens, &append).ok());
+    cache.FinishStep();
+    const int64_t used = cache.total_rows() - cache.free_rows();
+    const int64_t predicted = PredictRows(kGeometry, tokens, window);
+    EXPECT_GE(predicted, used + Rows(Format::kBf16));  // one block of growth
+    EXPECT_LE(predicted, used + 3 * Rows(Format::kBf16));
+  }
+}
+
+// Whatever comes, every sequence ends, in order of what the rules promise, and the books balance.
+TEST(Scheduler, RandomLoadsAlwaysMakeProgress) {
+  int64_t preemptions = 0;
+  int64_t compactions = 0;
+  for (uint32_t seed = 0; seed < 60; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+    const int max_running = 1 + below(8);
+    const SchedulerLimits limits = {max_running, max_running + below(100), below(3) * 70};
+    World world(Rows(Format::kBf16) * (4 + below(20)) + below(30), limits);
+    int to_add = 40;
+    int steps = 0;
+    while (to_add > 0 || !world.scheduler.idle()) {
+      ASSERT_LT(++steps, 50000);
+      while (to_add > 0 && (world.scheduler.idle() || below(4) == 0)) {
+        World::Job* job = world.Add(1 + below(300), 1 + below(200), static_cast<Format>(below(kFormats)));
+        for (KvToken& token : job->kv_tokens) {
+          if (below(3) == 0) token.wish = static_cast<Format>(below(kFormats));
+        }
+        --to_add;
+      }
+      world.Run();
+      int32_t rows = 0;
+      for (const Step::Item& item : world.step.items) rows += item.count;
+      EXPECT_LE(rows, limits.max_step_tokens);
+      EXPECT_LE(world.scheduler.running(), limits.max_running);
+      EXPECT_EQ(rows, world.step.rows);
+      const bool did = rows > 0 || !world.plan.preempt.empty() || world.plan.fail != nullptr;
+      EXPECT_TRUE(did);
+      if (below(20) == 0) {
+        const Status status = world.cache.CheckIntegrity();
+        ASSERT_TRUE(status.ok()) << status.message();
+      }
+      if (below(30) == 0) {  // somebody gives up
+        World::Job* job = world.jobs[static_cast<size_t>(below(static_cast<int>(world.jobs.size())))].get();
+        if (!job->done && !job->failed) {
+          world.scheduler.Remove(job);
+          job->done = true;
+        }
+      }
+    }
+    for (const auto& job : world.jobs) EXPECT_TRUE(job->done || job->failed);
+    EXPECT_EQ(world.cache.free_rows(), world.cache.total_rows());
+    preemptions += world.scheduler.preemptions();
+    compactions += world.scheduler.compactions();
+  }
+  EXPECT_GT(preemptions, 0);
+  EXPECT_GT(compactions, 0);
+}
+
+}  // namespace
+}  // namespace triaxial
