@@ -31,6 +31,8 @@ class TempDir {
   const std::string& path() const { return path_; }
   std::string File(std::string_view name) const { return path_ + "/" + std::string(name); }
   void Write(std::string_view name, std::string_view bytes) const {
+    // A new file each time: truncating an old one makes some file systems wait for the disk.
+    std::filesystem::remove(File(name));
     std::ofstream out(File(name), std::ios::binary | std::ios::trunc);
     out.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
     if (!out.flush()) ADD_FAILURE() << "cannot write " << File(name);
