@@ -60,6 +60,10 @@ TEST(Json, RefusesWhatIsHostile) {
   EXPECT_FALSE(ParseJson(std::string(100000, '['), "deep").ok());
   EXPECT_FALSE(ParseJson(std::string(1000, '[') + std::string(1000, ']'), "deep").ok());
   EXPECT_TRUE(ParseJson(std::string(100, '[') + std::string(100, ']'), "shallow").ok());
+  std::string many = "{\"a\":{";
+  for (int i = 0; i < 2000; ++i) many += (i > 0 ? ",\"" : "\"") + std::to_string(i) + "\":0";
+  EXPECT_NE(ParseJson(many + "}}", "body").status().message().find("more than 1024 keys"), std::string::npos);
+  EXPECT_TRUE(ParseJson(many + "}}", "body", 2000).ok());
   EXPECT_FALSE(ParseJson("\"\xff\"", "utf8").ok());
   EXPECT_FALSE(ParseJson("{\"a\":1} x", "trailing").ok());
   const auto error = ParseJson("{\"a\":}", "the request body");

@@ -1,5 +1,6 @@
 #include "base/json.h"
 
+#include <array>
 #include <charconv>
 #include <cmath>
 
@@ -9,6 +10,7 @@ namespace triaxial {
 namespace {
 
 constexpr int kMaxDepth = 128;
+constexpr int kMaxFileKeys = 16384;
 
 void AppendQuoted(const std::string& text, std::string* out) {
   // nlohmann escapes as Python does when ensure_ascii is off, except for DEL, which neither escapes.
@@ -75,20 +77,26 @@ void Append(const Json& json, std::string* out) {
 
 }  // namespace
 
-Result<Json> ParseJson(std::string_view text, std::string_view what) {
-  bool too_deep = false;
-  const auto limit_depth = [&too_deep](int depth, Json::parse_event_t, Json&) {
-    if (depth > kMaxDepth) {
-      too_deep = true;
-      return false;  // the subtree is dropped, so memory stays bounded; the whole document is refused below
-    }
-    return true;
+Result<Json> ParseJson(std::string_view text, std::string_view what, int max_keys) {
+  bool too_deep = false, too_many = false;
+  std::array<int, kMaxDepth + 2> keys{};  // of the object that is open at each depth
+  const auto limit = [&](int depth, Json::parse_event_t event, Json&) {
+    too_deep = too_deep || depth > kMaxDepth;
+    if (!too_deep && event == Json::parse_event_t::object_start) keys[static_cast<size_t>(depth) + 1] = 0;
+    if (!too_deep && event == Json::parse_event_t::key)
+      too_many = too_many || ++keys[static_cast<size_t>(depth)] > max_keys;
+    // What is dropped costs neither memory nor time; the whole document is refused below.
+    return !too_deep && !too_many;
   };
   try {
-    Json json = Json::parse(text.begin(), text.end(), limit_depth);
+    Json json = Json::parse(text.begin(), text.end(), limit);
     if (too_deep) {
       return InvalidArgument(std::string(what) + " nests JSON deeper than " + std::to_string(kMaxDepth) +
                              " levels");
+    }
+    if (too_many) {
+      return InvalidArgument(std::string(what) + " has an object with more than " + std::to_string(max_keys) +
+                             " keys");
     }
     return json;
   } catch (const Json::exception& error) {
@@ -103,7 +111,7 @@ Result<Json> ParseJson(std::string_view text, std::string_view what) {
 
 Result<Json> ReadJsonFile(const std::string& path, size_t max_bytes) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path, max_bytes));
-  return ParseJson(text, path);
+  return ParseJson(text, path, kMaxFileKeys);
 }
 
 std::string DumpJsonLikePython(const Json& json) {

@@ -14,10 +14,12 @@ namespace triaxial {
 using Json = nlohmann::ordered_json;
 
 // Parses UTF-8 text. Errors (InvalidArgument) name `what` and the byte position: syntax, invalid UTF-8,
-// nesting deeper than 128 levels.
-Result<Json> ParseJson(std::string_view text, std::string_view what);
+// nesting deeper than 128 levels, more than `max_keys` keys in one object (looking one up is linear, so an
+// object with many would take quadratic time to build).
+Result<Json> ParseJson(std::string_view text, std::string_view what, int max_keys = 1024);
 
-// Reads and parses a file of at most `max_bytes`. Errors: NotFound, TooLarge, InvalidArgument.
+// Reads and parses a file of at most `max_bytes`, with up to 16384 keys in an object. Errors: NotFound,
+// TooLarge, InvalidArgument.
 Result<Json> ReadJsonFile(const std::string& path, size_t max_bytes = size_t{256} << 20);
 
 // Serializes as Python's json.dumps(ensure_ascii=False) does: ", " and ": " separators, keys in order. The
