@@ -115,7 +115,7 @@ Status RunDemo(const DemoFlags& flags) {
                        [&](const Trajectory& a, const Trajectory& b) { return pictures(a) < pictures(b); });
   ASSIGN_OR_RETURN(const std::string page, DemoPage(model, geometry, runs, *shown));
   RETURN_IF_ERROR(WriteFile(flags.html, page));
-  std::fprintf(stderr, "\nThe KV map of one session, token by token: %s\n",
+  std::fprintf(flags.json ? stderr : stdout, "\nThe KV map of one session, token by token: %s\n",
                std::filesystem::absolute(flags.html).c_str());
   return OkStatus();
 }
