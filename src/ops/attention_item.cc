@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/float16.h"
+#include "hwy/cache_control.h"
 #include "ops/attention_vnni.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -44,11 +45,15 @@ struct FloatRows {
 };
 
 // A BF16 side of a block: pairs of depths (PlaceOfBf16), so a word's halves are F32 after a shift or a mask.
+// `next`, as large, is what will be read then: it is brought into the cache meanwhile.
 struct Bf16Side {
   const uint8_t* data;
   int lanes;
+  const uint8_t* next;
   hn::Vec<DU> Words(int depth, int lane) const {
-    return hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(data) + depth / 2 * lanes + lane);
+    const int64_t place = int64_t{depth} / 2 * lanes + lane;
+    hwy::Prefetch(reinterpret_cast<const uint32_t*>(next) + place);
+    return hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(data) + place);
   }
   void Pair(int depth, int lane, VF& even, VF& odd) const {
     const auto words = Words(depth, lane);
@@ -139,7 +144,7 @@ void DenseValues(const Right& values, int head_dim, int tokens, int queries, Att
 
 // ---- Softmax
 
-// 2^x for x <= 0, zero below -126; relative error 2e-7.
+// 2^x for x <= 126, zero below -126; relative error 2e-7.
 HWY_INLINE VF Exp2(VF x) {
   const DF df;
   const DI di;
@@ -158,36 +163,41 @@ HWY_INLINE VF Exp2(VF x) {
   return hn::IfThenElseZero(hn::Ge(x, hn::Set(df, -126.0f)), hn::Mul(p, hn::BitCast(df, power)));
 }
 
-// Scores of `limit` tokens to weights, zero for the rest of the tile; updates top and sum, and leaves in keep
-// what `out` must be multiplied by.
-HWY_INLINE void SoftmaxRow(int limit, float* scores, float& top, float& sum, float& keep) {
+// Scores may pass top by this much (weights 2^8) before top follows: it rarely moves after the first tile,
+// and then nothing waits for a maximum over lanes.
+constexpr float kSlack = 8;
+
+// Scores of `limit` tokens to weights, zero for the rest of the tile; updates top and the lanes of sum, and
+// leaves in keep what `out` must be multiplied by.
+HWY_INLINE void SoftmaxRow(int limit, float* scores, float& top, float* sum, float& keep) {
   const DF df;
   const DI di;
   const int width = Width();
   const VF nothing = hn::Set(df, -std::numeric_limits<float>::infinity());
-  VF high = nothing;
-  int t = 0;
-  for (; t + width <= limit; t += width) high = hn::Max(high, hn::Load(df, scores + t));
-  if (t < limit) {
-    const auto valid = hn::RebindMask(df, hn::Lt(hn::Iota(di, t), hn::Set(di, limit)));
-    const VF last = hn::IfThenElse(valid, hn::Load(df, scores + t), nothing);
-    hn::Store(last, df, scores + t);
-    high = hn::Max(high, last);
-    t += width;
+  if (limit % width != 0) {
+    float* last = scores + limit / width * width;
+    const auto valid = hn::Lt(hn::Iota(di, 0), hn::Set(di, limit % width));
+    hn::Store(hn::IfThenElse(hn::RebindMask(df, valid), hn::Load(df, last), nothing), df, last);
   }
-  const float new_top = std::max(top, hn::GetLane(hn::MaxOfLanes(df, high)));
-  const VF base = hn::Set(df, new_top);
-  keep = hn::GetLane(Exp2(hn::Sub(hn::Set(df, top), base)));
-  VF total = hn::Zero(df);
-  const int end = t;
-  for (t = 0; t < end; t += width) {
+  const int end = (limit + width - 1) / width * width;
+  VF high = nothing;
+  for (int t = 0; t < end; t += width) high = hn::Max(high, hn::Load(df, scores + t));
+  VF total = hn::Load(df, sum);
+  keep = 1;
+  if (!hn::AllFalse(df, hn::Gt(high, hn::Set(df, top + kSlack)))) {
+    const float new_top = hn::GetLane(hn::MaxOfLanes(df, high));
+    keep = hn::GetLane(Exp2(hn::Set(df, top - new_top)));
+    total = hn::Mul(total, hn::Set(df, keep));
+    top = new_top;
+  }
+  const VF base = hn::Set(df, top);
+  for (int t = 0; t < end; t += width) {
     const VF weight = Exp2(hn::Sub(hn::Load(df, scores + t), base));
     total = hn::Add(total, weight);
     hn::Store(weight, df, scores + t);
   }
-  for (; t < kBlockTokens; t += width) hn::Store(hn::Zero(df), df, scores + t);
-  top = new_top;
-  sum = sum * keep + hn::GetLane(hn::SumOfLanes(df, total));
+  for (int t = end; t < kBlockTokens; t += width) hn::Store(hn::Zero(df), df, scores + t);
+  hn::Store(total, df, sum);
 }
 
 // Query i attends to the first min(tokens, first_limit + row of i) tokens of the tile.
@@ -195,7 +205,7 @@ HWY_NOINLINE void Softmax(int tokens, int first_limit, int group, int queries, A
   for (int i = 0; i < queries; ++i) {
     const int limit = std::min(tokens, first_limit + i / group);
     if (limit > 0) {
-      SoftmaxRow(limit, w.scores + i * kBlockTokens, w.top[i], w.sum[i], w.keep[i]);
+      SoftmaxRow(limit, w.scores + i * kBlockTokens, w.top[i], w.sum + i * kSumLanes, w.keep[i]);
     } else {
       std::fill_n(w.scores + i * kBlockTokens, kBlockTokens, 0.0f);
       w.keep[i] = 1.0f;
@@ -314,7 +324,7 @@ class ItemRun {
         hn::Store(hn::Zero(df), df, w_.out + i * kMaxHeadDim + c);
       }
       w_.top[i] = -std::numeric_limits<float>::infinity();
-      w_.sum[i] = 0;
+      hn::Store(hn::Zero(df), df, w_.sum + i * kSumLanes);
     }
   }
 
@@ -325,9 +335,12 @@ class ItemRun {
     const int v_bits = Bits(ref.format, Side::kV);
     const uint8_t* values = keys + SideBytes(g_, k_bits);
     if (ref.format == Format::kBf16) {
-      DenseScores(Bf16Side{keys, kBlockTokens}, g_.head_dim, ref.tokens, queries_, w_);
+      const bool more = block + 1 < item_.block_end &&
+                        item_.sequence->blocks[static_cast<size_t>(block + 1)].format == Format::kBf16;
+      DenseScores(Bf16Side{keys, kBlockTokens, values}, g_.head_dim, ref.tokens, queries_, w_);
       Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
-      DenseValues(Bf16Side{values, g_.head_dim}, g_.head_dim, ref.tokens, queries_, w_);
+      DenseValues(Bf16Side{values, g_.head_dim, more ? Head(block + 1) : values}, g_.head_dim, ref.tokens,
+                  queries_, w_);
     } else if (integer_) {
       if (!queries_quantized_) QuantizeQueries(g_, queries_, w_);
       queries_quantized_ = true;
@@ -360,15 +373,24 @@ class ItemRun {
       TransposeKeys(args_.k + first, stride, tokens, g_.head_dim, w_.tile);
       DenseScores(FloatRows{w_.tile, kBlockTokens}, g_.head_dim, tokens, queries_, w_);
       Softmax(tokens, item_.row + 1 - begin, group_, queries_, w_);
-      DenseValues(FloatRows{args_.v + first, stride}, g_.head_dim, tokens, queries_, w_);
+      // Rows lie a power of two apart, in the same few sets of the cache, so they are read once.
+      for (int t = 0; t < tokens; ++t) {
+        std::copy_n(args_.v + first + t * stride, g_.head_dim, w_.tile + t * g_.head_dim);
+      }
+      DenseValues(FloatRows{w_.tile, g_.head_dim}, g_.head_dim, tokens, queries_, w_);
     }
+  }
+
+  float Sum(int i) const {
+    const DF df;
+    return hn::GetLane(hn::SumOfLanes(df, hn::Load(df, w_.sum + i * kSumLanes)));
   }
 
   void WriteOut() {
     const DF df;
     for (int i = 0; i < queries_; ++i) {
       float* out = args_.out + QueryPlace(i);
-      const VF inverse = hn::Set(df, 1.0f / w_.sum[i]);
+      const VF inverse = hn::Set(df, 1.0f / Sum(i));
       for (int c = 0; c < g_.head_dim; c += Width()) {
         hn::StoreU(hn::Mul(hn::Load(df, w_.out + i * kMaxHeadDim + c), inverse), df, out + c);
       }
@@ -380,7 +402,7 @@ class ItemRun {
       std::copy_n(w_.out + i * kMaxHeadDim, g_.head_dim, to + i * g_.head_dim);
     }
     std::copy_n(w_.top, queries_, to + queries_ * g_.head_dim);
-    std::copy_n(w_.sum, queries_, to + queries_ * (g_.head_dim + 1));
+    for (int i = 0; i < queries_; ++i) to[queries_ * (g_.head_dim + 1) + i] = Sum(i);
   }
 
   const AttentionArgs& args_;

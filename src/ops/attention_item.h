@@ -13,6 +13,7 @@ namespace triaxial {
 // register block of all kernels.
 inline constexpr int kItemQueries = 64;
 inline constexpr int kMaxHeadDim = 128;
+inline constexpr int kSumLanes = 16;  // the widest vector
 inline constexpr int kMaxChannelGroups = kMaxHeadDim / kPaperGroup;
 
 struct AttentionItem {
@@ -27,7 +28,7 @@ struct AttentionItem {
 };
 
 // Where an item leaves its state if others share its context: o (not normalized) [queries][head_dim], then
-// the maximum [queries] (base 2) and the sum of weights [queries].
+// top [queries] and the sum of weights [queries]: weights are 2^(score - top).
 inline int64_t PartialFloats(int queries, int head_dim) { return int64_t{queries} * (head_dim + 2); }
 
 // Everything a thread needs for one item. Rows of matrices lie kMaxHeadDim or kBlockTokens apart whatever the
@@ -37,9 +38,9 @@ struct AttentionWorkspace {
   alignas(64) float scores[kItemQueries * kBlockTokens];  // of one tile; then the weights 2^(score - top)
   alignas(64) float out[kItemQueries * kMaxHeadDim];      // sum of weight * value
   alignas(64) float tile[kBlockTokens * kMaxHeadDim];     // one side of one block, expanded
-  float top[kItemQueries];                                // largest score so far
-  float sum[kItemQueries];                                // of weights
-  float keep[kItemQueries];                               // factor of `out` for the new top
+  alignas(64) float sum[kItemQueries * kSumLanes];        // of weights, lane by lane
+  float top[kItemQueries];                                // weights are 2^(score - top)
+  float keep[kItemQueries];                               // factor of `out` for the tile's top
 
   // Rows of the integer kernels in fixed point, a byte a plane, the most significant one first.
   struct Planes {

@@ -56,6 +56,11 @@ inline __attribute__((always_inline)) __m512i BroadcastWord(const int8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
+// Four products of unsigned and signed bytes a lane. The intrinsic makes GCC 12 copy every sum in every step.
+inline __attribute__((always_inline)) void AddProducts(__m512i bytes, __m512i signed_bytes, __m512i& sum) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+}
+
 enum class Factors { kSigned, kUnsigned };
 
 // sum[q][i] = sum over 4 * steps depths of factor[q] * code of lanes 16 i.., in steps of the last plane.
@@ -76,10 +81,11 @@ inline __attribute__((always_inline)) void Dot(const LanePair& pair, int first_s
       for (int p = 0; p < P; ++p) {
         const __m512i factor = BroadcastWord(factors + (q * 3 + p) * kMaxHeadDim);
         for (int i = 0; i < 2; ++i) {
-          // The first operand's bytes are unsigned, the second's signed; codes are below 128.
-          parts[q][p][i] = kFactors == Factors::kSigned
-                               ? _mm512_dpbusd_epi32(parts[q][p][i], codes[i], factor)
-                               : _mm512_dpbusd_epi32(parts[q][p][i], factor, codes[i]);
+          if (kFactors == Factors::kSigned) {
+            AddProducts(codes[i], factor, parts[q][p][i]);
+          } else {
+            AddProducts(factor, codes[i], parts[q][p][i]);
+          }
         }
       }
     }
@@ -152,11 +158,18 @@ void QuantizeScaledQuery(const uint8_t* scales, const uint8_t* minima, int query
   w.weights.sum[0][query] = _mm512_reduce_add_ps(sum);
 }
 
+// The low bytes of four vectors of 16-bit values in order: token t at byte t. Packing interleaves by 128
+// bits, which leaves the words of four tokens in a 4 x 4 transpose.
+inline __attribute__((always_inline)) void StoreTokenBytes(int8_t* to, __m512i a, __m512i b) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_store_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b)));
+}
+
 // The weights of a tile times the scales of its tokens, two planes; middle is z, centre the value of code z.
 inline __attribute__((always_inline)) void QuantizeWeights(const __m512 (&scale)[4],
                                                            const __m512 (&centre)[4], float middle, int query,
                                                            AttentionWorkspace& w) {
-  __m512 x[4], largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps(), fixed_sum = _mm512_setzero_ps();
+  __m512 x[4], largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
   for (int i = 0; i < 4; ++i) {
     const __m512 weight = _mm512_load_ps(w.scores + query * kBlockTokens + 16 * i);
     x[i] = _mm512_mul_ps(weight, scale[i]);
@@ -166,16 +179,19 @@ inline __attribute__((always_inline)) void QuantizeWeights(const __m512 (&scale)
   const float range = _mm512_reduce_max_ps(largest);
   const __m512 inverse = _mm512_set1_ps(range > 1e-30f ? kLargestUnsigned / range : 0.0f);
   const float step = range * (1.0f / kLargestUnsigned);
-  auto& bytes = w.weights.bytes[query];
-  for (int i = 0; i < 4; ++i) {
-    const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
-    fixed_sum = _mm512_add_ps(fixed_sum, _mm512_cvtepi32_ps(fixed));
-    StoreBytes(bytes[0] + 16 * i, _mm512_srli_epi32(fixed, 8));
-    StoreBytes(bytes[1] + 16 * i, fixed);
-  }
+  __m512i fixed[4];
+  for (int i = 0; i < 4; ++i) fixed[i] = _mm512_cvtps_epi32(_mm512_mul_ps(x[i], inverse));
+  const __m512i fixed_sum =
+      _mm512_add_epi32(_mm512_add_epi32(fixed[0], fixed[1]), _mm512_add_epi32(fixed[2], fixed[3]));
   w.weights.step[query] = step;
-  w.weights.sum[0][query] =
-      _mm512_reduce_add_ps(_mm512_fnmadd_ps(fixed_sum, _mm512_set1_ps(step * middle), sum));
+  w.weights.sum[0][query] = _mm512_reduce_add_ps(
+      _mm512_fnmadd_ps(_mm512_cvtepi32_ps(fixed_sum), _mm512_set1_ps(step * middle), sum));
+
+  auto& bytes = w.weights.bytes[query];
+  const __m512i words[2] = {_mm512_packus_epi32(fixed[0], fixed[1]), _mm512_packus_epi32(fixed[2], fixed[3])};
+  const __m512i low = _mm512_set1_epi16(0xff);
+  StoreTokenBytes(bytes[0], _mm512_srli_epi16(words[0], 8), _mm512_srli_epi16(words[1], 8));
+  StoreTokenBytes(bytes[1], _mm512_and_si512(words[0], low), _mm512_and_si512(words[1], low));
 }
 
 // Spreads the prefetch of the next block over the calls of a kernel's inner loop.

@@ -1,0 +1,104 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+#include <fstream>
+#include <limits>
+
+#include "base/parallel.h"
+#include "ops/buffer.h"
+
+namespace triaxial {
+namespace {
+
+constexpr int64_t kBytes = int64_t{512} << 20;
+constexpr int64_t kChunk = int64_t{1} << 20;
+constexpr double kBudget = 2;
+
+std::string CpuModel() {
+  std::ifstream info("/proc/cpuinfo");
+  std::string line, model, family;
+  while (std::getline(info, line)) {
+    const size_t colon = line.find(": ");
+    if (colon == std::string::npos) continue;
+    if (model.empty() && line.starts_with("model name")) model = line.substr(colon + 2);
+    if (family.empty() && line.starts_with("cpu family")) family = line.substr(colon + 2);
+  }
+  return model + " (family " + family + ")";
+}
+
+// First line that a command prints, or "unknown".
+std::string Ask(const char* command) {
+  FILE* pipe = popen(command, "r");
+  if (pipe == nullptr) return "unknown";
+  std::array<char, 128> line{};
+  const bool answered = std::fgets(line.data(), line.size(), pipe) != nullptr;
+  pclose(pipe);
+  std::string answer = answered ? line.data() : "unknown";
+  if (answer.ends_with('\n')) answer.pop_back();
+  return answer;
+}
+
+}  // namespace
+
+double BestSeconds(double budget, const std::function<void()>& fn) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [](Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double>(to - from).count();
+  };
+  double best = std::numeric_limits<double>::infinity();
+  const auto begin = Clock::now();
+  for (auto start = begin; seconds(begin, start) < budget;) {
+    fn();
+    const auto end = Clock::now();
+    best = std::min(best, seconds(start, end));
+    start = end;
+  }
+  return best;
+}
+
+double CopyBandwidth() {
+  Buffer from, to;
+  std::memset(from.Reserve(kBytes), 1, kBytes);
+  std::memset(to.Reserve(kBytes), 2, kBytes);
+  const double seconds = BestSeconds(kBudget, [&] {
+    ParallelFor(kBytes / kChunk,
+                [&](int64_t i) { std::memcpy(to.data() + i * kChunk, from.data() + i * kChunk, kChunk); });
+  });
+  return 2e-9 * kBytes / seconds;
+}
+
+double ReadBandwidth() {
+  Buffer from;
+  std::memset(from.Reserve(kBytes), 1, kBytes);
+  std::array<uint64_t, kBytes / kChunk> sums{};
+  const double seconds = BestSeconds(kBudget, [&] {
+    ParallelFor(kBytes / kChunk, [&](int64_t i) {
+      const auto* words = reinterpret_cast<const uint64_t*>(from.data() + i * kChunk);
+      uint64_t sum = 0;
+      for (int64_t w = 0; w < kChunk / 8; ++w) sum += words[w];
+      sums[static_cast<size_t>(i)] += sum;  // keeps the reads alive
+    });
+  });
+  const bool alive = std::any_of(sums.begin(), sums.end(), [](uint64_t sum) { return sum != 0; });
+  return alive ? 1e-9 * kBytes / seconds : 0;
+}
+
+Json DescribeRun(int argc, char** argv) {
+  std::string command;
+  for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
+  const std::time_t now = std::time(nullptr);
+  std::array<char, 32> date{};
+  std::strftime(date.data(), date.size(), "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
+  return {{"command", command},
+          {"cpu", CpuModel()},
+          {"threads", ComputeThreads()},
+          {"date", date.data()},
+          {"commit", Ask("git rev-parse --short HEAD 2>/dev/null")}};
+}
+
+}  // namespace triaxial

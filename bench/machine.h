@@ -1,0 +1,26 @@
+// What a measurement must be read against: the machine, the source it was built from, and the bandwidth of
+// memory, measured in the same run.
+#ifndef TRIAXIAL_BENCH_MACHINE_H_
+#define TRIAXIAL_BENCH_MACHINE_H_
+
+#include <functional>
+#include <string>
+
+#include "base/json.h"
+
+namespace triaxial {
+
+// Seconds of the fastest call within a budget of seconds: other work on the machine only ever slows a call
+// down.
+double BestSeconds(double budget, const std::function<void()>& fn);
+
+// GB/s over all compute threads and more memory than caches hold; a copy counts what it reads and writes.
+double CopyBandwidth();
+double ReadBandwidth();
+
+// {"command", "cpu", "threads", "date" (UTC), "commit"}; the commit is that of the working directory.
+Json DescribeRun(int argc, char** argv);
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_BENCH_MACHINE_H_
