@@ -73,6 +73,7 @@ Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const M
     ASSIGN_OR_RETURN(calibration, LoadKvCalibration(directory, config.text.num_layers, config.text.head_dim));
     ASSIGN_OR_RETURN(source, TensorSource::Open(directory));
   }
+  if (options.calibration) calibration = *options.calibration;
   try {
     auto model =
         std::make_unique<QwenModel>(config, std::move(calibration), std::move(source), options.dummy_weights);

@@ -3,6 +3,7 @@
 #define TRIAXIAL_MODEL_MODEL_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "base/status.h"
@@ -24,6 +25,8 @@ struct ModelOptions {
   Precision precision = Precision::kBf16;
   bool dummy_weights = false;  // random weights of config.json's shapes, nothing else is read
   Codec codec = Codec::kRotated;
+  // Instead of the directory's kv_calibration.json.
+  std::optional<KvCalibration> calibration = std::nullopt;
 };
 
 // Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.
