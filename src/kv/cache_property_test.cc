@@ -146,6 +146,7 @@ class Simulation {
     bool was_fragmented = false;
     const int refused_before = refused;
     std::vector<SequenceId> ids;
+    ids.reserve(model_.size());
     for (const auto& [id, sequence] : model_) ids.push_back(id);
     std::shuffle(ids.begin(), ids.end(), random_);
     for (const SequenceId id : ids) {

@@ -38,6 +38,7 @@ std::string Join(const Names& names) {
 
 std::vector<std::string_view> FormatNames() {
   std::vector<std::string_view> names;
+  names.reserve(kFormats);
   for (int f = 0; f < kFormats; ++f) names.push_back(Name(static_cast<Format>(f)));
   return names;
 }
@@ -45,6 +46,7 @@ std::vector<std::string_view> FormatNames() {
 template <typename Axis>
 std::vector<std::string_view> AxisNames(int count) {
   std::vector<std::string_view> names;
+  names.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) names.push_back(Name(static_cast<Axis>(i)));
   return names;
 }
@@ -223,6 +225,7 @@ const std::vector<Policy>& Builtins() {
 
 std::vector<std::string_view> BuiltinPolicies() {
   std::vector<std::string_view> names;
+  names.reserve(Builtins().size());
   for (const Policy& policy : Builtins()) names.push_back(policy.name);
   return names;
 }

@@ -135,7 +135,7 @@ TEST(PolicyFuzzTest, MutatedText) {
           text[at] = static_cast<char>(Below(random, 256));
           break;
         case 1:
-          text.erase(at, static_cast<size_t>(1 + Below(random, 8)));
+          text.erase(at, 1 + static_cast<size_t>(Below(random, 8)));
           break;
         default:
           text.insert(at, text.substr(static_cast<size_t>(Below(random, text.size())), 12));
