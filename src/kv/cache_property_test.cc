@@ -189,6 +189,7 @@ class Simulation {
               std::vector<std::vector<std::pair<KvStore, std::vector<ModelToken>>>>* stores,
               bool* was_fragmented) {
     std::vector<KvToken> plain;
+    plain.reserve(tokens.size());
     for (const ModelToken& t : tokens) plain.push_back(t.token);
     const int64_t rows = cache_.RowsToAppend(id, plain);
     const int64_t free = cache_.free_rows();
