@@ -287,6 +287,7 @@ Result<ApiRequest> ParseCompletionRequest(const Json& body, const ServedModel& m
   if (prompt->is_array() && prompt->size() == 1 && !prompt->front().is_number()) prompt = &prompt->front();
   std::vector<int32_t> tokens;
   if (prompt->is_string()) {
+    RETURN_IF_ERROR(CheckPromptBytes(model, prompt->get_ref<const std::string&>().size()));
     tokens = model.tokenizer->Encode(prompt->get_ref<const std::string&>(), ParseSpecial::kAll);
   } else if (prompt->is_array() && !prompt->empty() && prompt->front().is_number()) {
     RETURN_IF_ERROR(ReadTokenIds(*prompt, "prompt", model, &tokens));
@@ -318,6 +319,7 @@ Result<std::vector<int32_t>> ParseTokenizeRequest(const Json& body, const Served
   const Json* prompt = fields.Find("prompt");
   if (prompt == nullptr) return InvalidArgument("give either prompt or messages");
   if (!prompt->is_string()) return WrongType("prompt", "a string", *prompt);
+  RETURN_IF_ERROR(CheckPromptBytes(model, prompt->get_ref<const std::string&>().size()));
   return model.tokenizer->Encode(prompt->get_ref<const std::string&>(),
                                  parse_special ? ParseSpecial::kAll : ParseSpecial::kNone);
 }

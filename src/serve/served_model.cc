@@ -1,5 +1,6 @@
 #include "serve/served_model.h"
 
+#include <algorithm>
 #include <filesystem>
 
 #include "base/file.h"
@@ -26,6 +27,11 @@ Result<ServedModel> LoadServedModel(const std::string& directory, const std::str
   }
   model.tokenizer = std::make_unique<Tokenizer>(std::move(tokenizer));
   model.markup = FindMarkup(*model.tokenizer);
+  size_t longest = 1;
+  for (int32_t id = 0; id < model.tokenizer->vocab_size(); ++id) {
+    longest = std::max(longest, model.tokenizer->TokenBytes(id).size());
+  }
+  model.max_prompt_bytes = longest * static_cast<size_t>(model.config.text.max_position_embeddings);
   Result<ChatTemplate> chat_template = ChatTemplate::Load(text_directory, *model.tokenizer);
   if (chat_template.ok()) {
     model.chat_template = std::move(*chat_template);
@@ -65,6 +71,16 @@ Result<Prompt> BuildChatPrompt(const ServedModel& model, const Conversation& con
     return InvalidArgument("model " + model.name +
                            " has no chat template; use /v1/completions with a raw prompt");
   }
+  size_t text_bytes = 0;
+  for (const std::string& tool : conversation.tools) text_bytes += tool.size();
+  for (const Message& message : conversation.messages) {
+    text_bytes += message.reasoning_content.value_or("").size();
+    for (const ToolCall& call : message.tool_calls) text_bytes += call.arguments.size();
+    for (const ContentPart& part : message.content) {
+      if (part.kind == ContentPart::Kind::kText) text_bytes += part.text.size();
+    }
+  }
+  RETURN_IF_ERROR(CheckPromptBytes(model, text_bytes));
   std::vector<std::shared_ptr<const ImagePatches>> images;
   for (size_t m = 0; m < conversation.messages.size(); ++m) {
     for (const ContentPart& part : conversation.messages[m].content) {
@@ -82,6 +98,13 @@ Result<Prompt> BuildChatPrompt(const ServedModel& model, const Conversation& con
     }
   }
   return model.chat_template->Render(conversation, images, model.preprocessor.merge_size, options);
+}
+
+Status CheckPromptBytes(const ServedModel& model, size_t bytes) {
+  if (bytes <= model.max_prompt_bytes) return OkStatus();
+  return InvalidArgument("the prompt has " + std::to_string(bytes) +
+                         " bytes of text, which cannot fit the model's " +
+                         std::to_string(model.config.text.max_position_embeddings) + " tokens; shorten it");
 }
 
 Prompt BuildRawPrompt(const ServedModel& model, std::vector<int32_t> tokens) {

@@ -29,6 +29,8 @@ struct ServedModel {
   std::optional<ChatTemplate>
       chat_template;  // absent if the checkpoint carries none: chat requests then answer 400
   MarkupIds markup;
+  // No text longer than this fits the model, whatever its tokens: it is refused before it is tokenized.
+  size_t max_prompt_bytes = 0;
 };
 
 // Reads the JSON files of `directory`; tokenizer and template from `tokenizer_directory` ("" for the same).
@@ -46,6 +48,9 @@ ImageSource ImageFromFiles(std::string directory);
 // fault.
 Result<Prompt> BuildChatPrompt(const ServedModel& model, const Conversation& conversation,
                                const TemplateOptions& options, const ImageSource& source);
+// InvalidArgument if a text of `bytes` cannot fit the model.
+Status CheckPromptBytes(const ServedModel& model, size_t bytes);
+
 // A raw prompt: special tokens recognized, spans by scanning.
 Prompt BuildRawPrompt(const ServedModel& model, std::vector<int32_t> tokens);
 
