@@ -176,8 +176,8 @@ TEST_F(HttpServerTest, EveryEventIsOneWriteAndHeadersTravelWithTheFirst) {
   EXPECT_EQ(client.ReceiveOnce(), "9\r\ndata: 2\n\n\r\n");
   held->Finish();
   EXPECT_EQ(client.ReceiveOnce(), "0\r\n\r\n");
-  client.Send("GET /s HTTP/1.1\r\nHost: h\r\n\r\n");  // the connection goes on
   ready = false;
+  client.Send("GET /s HTTP/1.1\r\nHost: h\r\n\r\n");  // the connection goes on
   while (!ready) std::this_thread::yield();
   held->Send(200, "text/plain", "x", {});
   EXPECT_NE(client.Receive("\r\n\r\nx").find("200 OK"), std::string::npos);
