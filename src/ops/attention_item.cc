@@ -215,36 +215,58 @@ HWY_NOINLINE void Softmax(int tokens, int first_limit, int group, int queries, A
 
 // ---- Tiles
 
-// A compressed side to F32 [depth][lane].
-HWY_NOINLINE void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+// A compressed side to F32 [depth][lane]. Lanes have a group each (keys, but for the paper's 2-bit ones) or
+// share that of their 32 neighbours.
+template <int kBits, bool kGroupPerLane>
+HWY_NOINLINE void ExpandSide(const KvGeometry& g, Side side, const uint8_t* in, float* tile) {
   const DF df;
   const DI di;
   const int width = Width();
   const int lanes = side == Side::kK ? kBlockTokens : g.head_dim;
   const int depths = side == Side::kK ? g.head_dim : kBlockTokens;
-  const int groups = MetaGroups(g, bits);
-  // Keys have one group per token, which is a lane, but for the paper's 2-bit keys; elsewhere neighbouring
-  // lanes share one.
-  const bool group_per_lane = side == Side::kK && (g.codec == Codec::kRotated || bits != 2);
+  const auto group_of = [&](int depth, int lane) {
+    return side == Side::kK ? PlaceOfMeta(g, side, kBits, lane, depth)
+                            : PlaceOfMeta(g, side, kBits, depth, lane);
+  };
+  const int groups = MetaGroups(g, kBits);
   HWY_ALIGN float meta[2 * kBlockTokens * kMaxChannelGroups];  // scales, then minima
-  const uint8_t* stored = in + CodeBytes(g, bits);
+  const uint8_t* stored = in + CodeBytes(g, kBits);
   for (int i = 0; i < 2 * groups; ++i) {
     meta[i] = Fp16ToFloat(static_cast<fp16_t>(stored[2 * i] | stored[2 * i + 1] << 8));
   }
-  const auto mask = hn::Set(di, (1 << bits) - 1);
-  for (int depth = 0; depth < depths; ++depth) {
-    for (int lane = 0; lane < lanes; lane += width) {
-      const CodePlace place = PlaceOfCode(depth, lane, lanes, bits);
-      const auto words = hn::LoadU(di, reinterpret_cast<const int32_t*>(in + place.byte / 4 * 4));
-      const int shift = 8 * (depth % 4) + place.shift;
-      const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(words, shift), mask));
-      const int group = side == Side::kK ? PlaceOfMeta(g, side, bits, lane, depth)
-                                         : PlaceOfMeta(g, side, bits, depth, lane);
-      const VF scale = group_per_lane ? hn::LoadU(df, meta + group) : hn::Set(df, meta[group]);
-      const VF minimum =
-          group_per_lane ? hn::LoadU(df, meta + groups + group) : hn::Set(df, meta[groups + group]);
-      hn::Store(hn::MulAdd(codes, scale, minimum), df, tile + depth * lanes + lane);
+  const auto mask = hn::Set(di, (1 << kBits) - 1);
+  constexpr int kFields = 8 / kBits;  // of a byte: lanes 16 apart
+  const auto* words = reinterpret_cast<const int32_t*>(in);
+  for (int depth = 0; depth < depths; depth += 4) {
+    for (int lane = 0; lane < lanes; lane += 16 * kFields) {
+      const float* scales[kFields];
+      for (int f = 0; f < kFields; ++f) scales[f] = meta + group_of(depth, lane + 16 * f);
+      for (int part = 0; part < 16; part += width, words += width) {
+        auto fields = hn::LoadU(di, words);
+        for (int i = 0; i < 4; ++i) {
+          for (int f = 0; f < kFields; ++f) {
+            const float* scale = scales[f] + (kGroupPerLane ? part : i);
+            float* to = tile + (depth + i) * lanes + lane + 16 * f + part;
+            const VF codes = hn::ConvertTo(df, hn::And(fields, mask));
+            if constexpr (kGroupPerLane) {
+              hn::Store(hn::MulAdd(codes, hn::LoadU(df, scale), hn::LoadU(df, scale + groups)), df, to);
+            } else {
+              hn::Store(hn::MulAdd(codes, hn::Set(df, scale[0]), hn::Set(df, scale[groups])), df, to);
+            }
+            fields = hn::ShiftRight<kBits>(fields);
+          }
+        }
+      }
     }
+  }
+}
+
+void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+  const bool group_per_lane = side == Side::kK && (g.codec == Codec::kRotated || bits != 2);
+  if (bits == 2) {
+    group_per_lane ? ExpandSide<2, true>(g, side, in, tile) : ExpandSide<2, false>(g, side, in, tile);
+  } else {
+    group_per_lane ? ExpandSide<4, true>(g, side, in, tile) : ExpandSide<4, false>(g, side, in, tile);
   }
 }
 
