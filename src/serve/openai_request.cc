@@ -221,7 +221,8 @@ void ForceToolCall(const ServedModel& model, const std::string& name, ApiRequest
   opening += "<tool_call>\n{\"name\": \"";
   if (!name.empty()) {
     const std::string quoted = DumpJsonLikePython(Json(name));
-    opening += quoted.substr(1, quoted.size() - 2) + "\", \"arguments\": ";
+    // Without the space that follows: it belongs to the token that opens the arguments.
+    opening += quoted.substr(1, quoted.size() - 2) + "\", \"arguments\":";
   }
   request->forced = model.tokenizer->Encode(opening, ParseSpecial::kMarkup);
   GenerationTagger tagger(model.markup, request->starts_in_thought);
