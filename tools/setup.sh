@@ -10,7 +10,7 @@ build=(
   libjpeg62-turbo-dev libpcre2-dev libpng-dev libspdlog-dev libutf8proc-dev libwebp-dev libxxhash-dev
   nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
 )
-test=(clang-format git)
+test=(clang-format git python3 python3-venv)
 tidy=(clang-tidy)
 
 case "${1:-}" in
