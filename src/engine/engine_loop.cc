@@ -70,8 +70,8 @@ void EngineLoop::TakeMail() {
 }
 
 void EngineLoop::RunStep() {
-  scheduler_.MakePlan(&plan_);
   try {
+    scheduler_.MakePlan(&plan_);
     if (!EncodeImages()) return;
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
