@@ -1,6 +1,8 @@
 // Attention over a cache in memory: decode (one query row over a long context) and prefill (a chunk of rows
 // over a prefix), by format. Caches of many layers are visited in turn, so that every byte comes from memory,
-// as in a model. Nothing is timed before its result was compared with a float64 reference.
+// as in a model. Nothing is timed before its result was compared with a float64 reference. On a machine with
+// other work, run it with OMP_PROC_BIND=true OMP_WAIT_POLICY=passive: its threads then neither share a core
+// nor spin.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>

@@ -18,7 +18,8 @@ double BestSeconds(double budget, const std::function<void()>& fn);
 double CopyBandwidth();
 double ReadBandwidth();
 
-// {"command", "cpu", "threads", "date" (UTC), "commit"}; the commit is that of the working directory.
+// {"command", "cpu", "threads", "load_average" (before the run), "date" (UTC), "commit" (of the working
+// directory)}.
 Json DescribeRun(int argc, char** argv);
 
 }  // namespace triaxial
