@@ -1,5 +1,6 @@
-// Fits a checkpoint's kv_calibration.json (kv/calibration.h) on conversations: the RMS of every RoPE pair of
-// key channels, and the clip ratios of 2-bit sides that keep the logits closest to those of a BF16 cache.
+// Fits a checkpoint's kv_calibration.json (kv/calibration.h) on conversations: factors that balance the RoPE
+// pairs of queries and keys, and the clip ratios of 2-bit sides that keep the logits closest to those of a
+// BF16 cache.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
@@ -8,6 +9,7 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -16,7 +18,6 @@
 #include "kv/calibration.h"
 #include "model/model.h"
 #include "model/single_sequence.h"
-#include "ops/kv_codec.h"
 #include "text/chat_template.h"
 #include "text/tokenizer.h"
 
@@ -26,7 +27,7 @@ namespace {
 constexpr int kFitChunk = 512;
 // Short steps, so that nearly every token is read back quantized.
 constexpr int kClipChunk = 64;
-constexpr float kClips[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
+constexpr float kClips[] = {1.0f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.6f};
 
 struct Options {
   std::string model = "models/pocket-agent";
@@ -108,34 +109,31 @@ Result<std::unique_ptr<SingleSequence>> RunSample(Model* model, const Inputs& in
   return sequence;
 }
 
-// Adds the squares of all stored keys to sums[layer][pair].
-void AddSquares(const SingleSequence& sequence, std::vector<std::vector<double>>* sums) {
-  const KvGeometry& g = sequence.arena().geometry();
-  std::vector<float> keys(static_cast<size_t>(kBlockTokens * g.head_dim));
-  for (const KvBlockRef& block : sequence.blocks()) {
-    for (int layer = 0; layer < g.num_layers; ++layer) {
-      std::vector<double>& of_layer = (*sums)[static_cast<size_t>(layer)];
-      for (int head = 0; head < g.num_kv_heads; ++head) {
-        DecodeSide(g, block.format, Side::kK,
-                   sequence.arena().LayerData(layer) + block.unit_row * UnitRowBytes(g) +
-                       int64_t{head} * HeadBytes(g, block.format),
-                   block.tokens, keys.data());
-        for (int i = 0; i < block.tokens * g.head_dim; ++i) {
-          of_layer[static_cast<size_t>(i % g.head_dim % (g.head_dim / 2))] += double{keys[i]} * keys[i];
-        }
-      }
+// Sums of squares per RoPE pair over tokens and heads.
+struct Energy {
+  std::vector<double> queries, keys;  // [head_dim / 2]
+
+  static void Add(const float* x, int64_t heads, int head_dim, std::vector<double>* sums) {
+    sums->resize(static_cast<size_t>(head_dim / 2));
+    for (int64_t i = 0; i < heads * head_dim; ++i) {
+      (*sums)[static_cast<size_t>(i % head_dim % (head_dim / 2))] += double{x[i]} * x[i];
     }
   }
-}
+};
 
-// RMS relative to the layer's geometric mean, to four digits.
-std::vector<float> Factors(const std::vector<double>& sums) {
-  double log_mean = 0;
-  for (const double sum : sums) log_mean += 0.5 * std::log(sum + 1e-20) / static_cast<double>(sums.size());
-  std::vector<float> factors;
-  for (const double sum : sums) {
-    factors.push_back(std::stof(fmt::format("{:.4g}", std::exp(0.5 * std::log(sum + 1e-20) - log_mean))));
+// RMS of keys over that of queries, square root of it: scores then err least for a given error of the stored
+// keys, whose channels share one step size (the sum of q^2 times the sum of k^2 is smallest where the two are
+// proportional). Relative to the geometric mean, to four digits.
+std::vector<float> Factors(const Energy& energy) {
+  constexpr double kTiny = 1e-20;
+  std::vector<double> logs;
+  double mean = 0;
+  for (size_t c = 0; c < energy.keys.size(); ++c) {
+    logs.push_back(0.25 * (std::log(energy.keys[c] + kTiny) - std::log(energy.queries[c] + kTiny)));
+    mean += logs.back() / static_cast<double>(energy.keys.size());
   }
+  std::vector<float> factors;
+  for (const double log : logs) factors.push_back(std::stof(fmt::format("{:.4g}", std::exp(log - mean))));
   return factors;
 }
 
@@ -160,21 +158,35 @@ double MeanKl(const std::vector<float>& p, const std::vector<float>& q, size_t v
   return total / static_cast<double>(rows.size());
 }
 
-// Mean KL of a cache of `format` from a BF16 cache over what the model says in the samples.
-Result<double> Divergence(const Options& options, const KvCalibration& calibration, Format format,
-                          const Inputs& inputs, const std::vector<Sample>& samples,
-                          const std::vector<std::vector<float>>& reference) {
+// Mean KL divergences over the samples from a BF16 cache.
+struct Divergences {
+  double all = 0;        // over all tokens; the smoother measure
+  double predicted = 0;  // over what the model says
+};
+
+Result<Divergences> Diverge(const Options& options, const KvCalibration& calibration, const Inputs& inputs,
+                            const std::vector<Sample>& samples,
+                            const std::vector<std::vector<float>>& reference) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Model> model,
                    Model::Load(options.model, {.precision = Precision::kF32, .calibration = calibration}));
-  double sum = 0;
+  const auto vocab = static_cast<size_t>(model->config().text.vocab_size);
+  Divergences mean;
   std::vector<float> logits;
+  std::vector<size_t> all;
   for (size_t i = 0; i < samples.size(); ++i) {
     ASSIGN_OR_RETURN(const auto sequence,
-                     RunSample(model.get(), inputs, samples[i], format, kClipChunk, true, &logits));
-    sum += MeanKl(reference[i], logits, static_cast<size_t>(model->config().text.vocab_size),
-                  samples[i].predicted);
+                     RunSample(model.get(), inputs, samples[i], Format::kK2V2, kClipChunk, true, &logits));
+    all.resize(samples[i].prompt.tokens.size());
+    std::iota(all.begin(), all.end(), size_t{0});
+    mean.all += MeanKl(reference[i], logits, vocab, all) / static_cast<double>(samples.size());
+    mean.predicted +=
+        MeanKl(reference[i], logits, vocab, samples[i].predicted) / static_cast<double>(samples.size());
   }
-  return sum / static_cast<double>(samples.size());
+  fmt::print(
+      "KL of k2v2 from a bf16 cache {:.4f}, over generated tokens {:.5f}; clips: keys {:.2f}, values "
+      "{:.2f}\n",
+      mean.all, mean.predicted, calibration.clip.k2, calibration.clip.v2);
+  return mean;
 }
 
 Status Fit(const Options& options) {
@@ -182,12 +194,19 @@ Status Fit(const Options& options) {
   ASSIGN_OR_RETURN(const ChatTemplate chat, ChatTemplate::Load(options.model, tokenizer));
   ASSIGN_OR_RETURN(const PreprocessorConfig preprocessor, LoadPreprocessorConfig(options.model));
   Inputs inputs{chat, preprocessor, options.images, {}};
-  // The paper's codec stores keys as they are: neither rotated nor equalized.
-  ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
-                   Model::Load(options.model, {.precision = Precision::kF32, .codec = Codec::kPaper}));
-  const TextConfig text = model->config().text;
-  std::vector<std::vector<double>> sums(static_cast<size_t>(text.num_layers),
-                                        std::vector<double>(static_cast<size_t>(text.head_dim / 2)));
+  ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
+  const TextConfig& text = config.text;
+  std::vector<Energy> energies(static_cast<size_t>(text.num_layers));
+  bool fitting = true;
+  // With the paper's codec attention reads queries and keys as they are: neither rotated nor equalized.
+  ModelOptions plain_options{.precision = Precision::kF32, .codec = Codec::kPaper};
+  plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k) {
+    if (!fitting) return;
+    Energy& energy = energies[static_cast<size_t>(layer)];
+    Energy::Add(q, rows * text.num_heads, text.head_dim, &energy.queries);
+    Energy::Add(k, rows * text.num_kv_heads, text.head_dim, &energy.keys);
+  };
+  ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(options.model, plain_options));
 
   std::ifstream lines(options.conversations);
   if (!lines) return NotFound("cannot open '" + options.conversations + "'");
@@ -199,16 +218,15 @@ Status Fit(const Options& options) {
     ASSIGN_OR_RETURN(const Json json,
                      ParseJson(line, fmt::format("{}, line {}", options.conversations, i + 1)));
     ASSIGN_OR_RETURN(Sample sample, inputs.Prepare(json));
-    const bool for_clip = i >= options.fit;
+    fitting = i < options.fit;
     std::vector<float> logits;
     ASSIGN_OR_RETURN(const auto sequence,
-                     RunSample(model.get(), inputs, sample, Format::kBf16, kFitChunk, for_clip, &logits));
-    if (for_clip) {
+                     RunSample(model.get(), inputs, sample, Format::kBf16, kFitChunk, !fitting, &logits));
+    if (fitting) {
+      tokens += sequence->length();
+    } else {
       samples.push_back(std::move(sample));
       reference.push_back(std::move(logits));
-    } else {
-      AddSquares(*sequence, &sums);
-      tokens += sequence->length();
     }
   }
   if (tokens == 0) return InvalidArgument("'" + options.conversations + "' holds no conversation to fit on");
@@ -217,36 +235,35 @@ Status Fit(const Options& options) {
   KvCalibration calibration;
   calibration.calibrated = true;
   fmt::print("{} tokens\n", tokens);
-  for (size_t layer = 0; layer < sums.size(); ++layer) {
-    calibration.key_equalization.push_back(Factors(sums[layer]));
+  for (size_t layer = 0; layer < energies.size(); ++layer) {
+    calibration.key_equalization.push_back(Factors(energies[layer]));
     const std::vector<float>& f = calibration.key_equalization.back();
     const auto [low, high] = std::minmax_element(f.begin(), f.end());
     fmt::print("layer {}: factors from {:.3f} to {:.2f}\n", layer, *low, *high);
   }
   if (!samples.empty()) {
     KvCalibration plain;
-    plain.key_equalization.assign(sums.size(), std::vector<float>(sums[0].size(), 1.0f));
+    plain.key_equalization.assign(energies.size(), std::vector<float>(energies[0].keys.size(), 1.0f));
     plain.calibrated = true;
-    ASSIGN_OR_RETURN(const double before,
-                     Divergence(options, plain, Format::kK2V2, inputs, samples, reference));
-    fmt::print("KL of k2v2 from a bf16 cache: {:.3g} without calibration\n", before);
+    fmt::print("without calibration: ");
+    ASSIGN_OR_RETURN(const Divergences before, Diverge(options, plain, inputs, samples, reference));
+    double last = before.all;
     // The sides hardly interact, so each is searched with the other fixed, keys first.
     for (float ClipRatios::*side : {&ClipRatios::k2, &ClipRatios::v2}) {
       double best = INFINITY;
       float chosen = 1;
       for (const float clip : kClips) {
         calibration.clip.*side = clip;
-        ASSIGN_OR_RETURN(const double kl,
-                         Divergence(options, calibration, Format::kK2V2, inputs, samples, reference));
-        fmt::print("KL {:.3g} with clips of keys {:.2f}, of values {:.2f}\n", kl, calibration.clip.k2,
-                   calibration.clip.v2);
-        if (kl < best) {
-          best = kl;
+        ASSIGN_OR_RETURN(const Divergences d, Diverge(options, calibration, inputs, samples, reference));
+        if (d.all < best) {
+          best = d.all;
           chosen = clip;
         }
       }
+      last = best;
       calibration.clip.*side = chosen;
     }
+    if (last > before.all) fmt::print("the calibration does not help this checkpoint at 2 bits\n");
   }
   return SaveKvCalibration(options.output, calibration, text.head_dim);
 }

@@ -12,6 +12,7 @@
 #include "kv/arena.h"
 #include "kv/calibration.h"
 #include "model/batch.h"
+#include "model/model.h"
 #include "model/rope.h"
 #include "model/weights.h"
 #include "ops/attention.h"
@@ -30,6 +31,7 @@ class Decoder {
                                                const KvCalibration& calibration, const TensorSource& source,
                                                LinearLoader* loader);
 
+  void set_observer(AttentionObserver observer) { observer_ = std::move(observer); }
   // See Model::Forward.
   void Forward(const Batch& batch, KvArena* arena, float* logits);
 
@@ -62,6 +64,7 @@ class Decoder {
   std::vector<float> final_norm_;
   Linear lm_head_;
   int64_t small_parameters_ = 0;
+  AttentionObserver observer_;
 
   Attention attention_;
   Buffer hidden_, cos_, sin_, normed_, qkv_, q_, k_, v_, attended_, joined_, gate_up_, inner_;

@@ -18,10 +18,11 @@ class QwenModel : public Model {
   QwenModel(const ModelConfig& config, KvCalibration calibration, TensorSource source, bool dummy)
       : config_(config), calibration_(std::move(calibration)), source_(std::move(source)), dummy_(dummy) {}
 
-  Status LoadWeights(Element element, Codec codec) {
+  Status LoadWeights(Element element, Codec codec, AttentionObserver observer) {
     LinearLoader loader(source_, &cache_, element);
     { ASSIGN_OR_RETURN(decoder_, Decoder::Load(config_, element, codec, calibration_, source_, &loader)); }
     parameters_ = decoder_->small_parameters();
+    decoder_->set_observer(std::move(observer));
     if (config_.vision) {
       ASSIGN_OR_RETURN(vision_, VisionTower::Load(*config_.vision, element, source_, &loader));
       parameters_ += vision_->small_parameters();
@@ -77,7 +78,7 @@ Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const M
   try {
     auto model =
         std::make_unique<QwenModel>(config, std::move(calibration), std::move(source), options.dummy_weights);
-    RETURN_IF_ERROR(model->LoadWeights(ElementFor(options.precision), options.codec));
+    RETURN_IF_ERROR(model->LoadWeights(ElementFor(options.precision), options.codec, options.observer));
     return std::unique_ptr<Model>(std::move(model));
   } catch (const std::bad_alloc&) {
     return ResourceExhausted("the weights of '" + directory +

@@ -2,6 +2,8 @@
 #ifndef TRIAXIAL_MODEL_MODEL_H_
 #define TRIAXIAL_MODEL_MODEL_H_
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -21,12 +23,17 @@ enum class Precision {
   kF32,   // everything in F32: the reference mode
 };
 
+// Sees what attention reads in each layer of each step, rotated if the codec is: q
+// [rows][num_heads][head_dim], k [rows][num_kv_heads][head_dim].
+using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, const float* k)>;
+
 struct ModelOptions {
   Precision precision = Precision::kBf16;
   bool dummy_weights = false;  // random weights of config.json's shapes, nothing else is read
   Codec codec = Codec::kRotated;
   // Instead of the directory's kv_calibration.json.
   std::optional<KvCalibration> calibration = std::nullopt;
+  AttentionObserver observer = nullptr;  // for calibration
 };
 
 // Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.

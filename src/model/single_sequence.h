@@ -39,9 +39,6 @@ class SingleSequence {
   void Clear();
   KvUsage Usage() const { return cache_.Usage(); }
   int32_t length() const { return cache_.Length(id_); }
-  // What is stored, for reading.
-  const KvArena& arena() const { return arena_; }
-  std::span<const KvBlockRef> blocks() const { return cache_.View(id_); }
 
  private:
   SingleSequence(Model* model, Format format, KvArena arena);

@@ -277,5 +277,45 @@ TEST(ModelGolden, Bf16AgreesOnTheFirstChoice) {
   EXPECT_GE(static_cast<double>(d.first_choices_equal), 0.99 * static_cast<double>(d.positions));
 }
 
+// Mean square by which logits at all positions of a prompt differ from those of F32 attention if everything
+// older than 64 rows is read back at 2 bits.
+double TwoBitError(const Golden& golden, const KvCalibration& calibration) {
+  Result<std::unique_ptr<Model>> model =
+      Model::Load(kModel, {.precision = Precision::kF32, .calibration = calibration});
+  EXPECT_TRUE(model.ok()) << model.status().message();
+  const Prepared p = Prepare(golden, model->get());
+  const std::vector<int32_t>& tokens = golden.ints("input_ids");
+  const auto n = static_cast<int32_t>(tokens.size());
+  std::vector<float> logits[2];
+  for (const bool quantized : {false, true}) {
+    auto sequence = SingleSequence::Create(model->get(), Format::kK2V2, n);
+    EXPECT_TRUE(sequence.ok()) << sequence.status().message();
+    const Status status = (*sequence)->Append(tokens, p.positions.positions, p.images, quantized ? 64 : n, n,
+                                              &logits[quantized]);
+    EXPECT_TRUE(status.ok()) << status.message();
+  }
+  double sum = 0;
+  for (size_t i = 0; i < logits[0].size(); ++i) {
+    sum += std::pow(double{logits[0][i]} - logits[1][i], 2);
+  }
+  return sum / static_cast<double>(logits[0].size());
+}
+
+TEST(ModelGolden, CalibrationMakesTwoBitsBetter) {
+  const Result<KvCalibration> calibration = LoadKvCalibration(kModel, 6, 128);
+  ASSERT_TRUE(calibration.ok()) << calibration.status().message();
+  EXPECT_TRUE(calibration->calibrated);
+  double with = 0;
+  double without = 0;
+  for (const Golden& golden : Goldens()) {
+    if (!golden.name.starts_with("many")) continue;
+    with += TwoBitError(golden, *calibration);
+    without += TwoBitError(golden, KvCalibration());
+  }
+  std::printf("mean square error of logits: %.4f with the calibration, %.4f without\n", with / 4,
+              without / 4);
+  EXPECT_LT(with, 0.8 * without);
+}
+
 }  // namespace
 }  // namespace triaxial
