@@ -25,6 +25,7 @@ using boost::system::error_code;
 
 constexpr size_t kMaxHeaderBytes = 32 * 1024;
 constexpr size_t kMaxUnsentBytes = size_t{16} << 20;  // of a client that does not read its stream
+constexpr std::chrono::seconds kLastCall{2};  // for clients to take their answers when the server stops
 constexpr std::string_view kServerName = "triaxial";
 
 std::string ErrorBody(int status, std::string_view message) {
@@ -43,6 +44,8 @@ class Session : public std::enable_shared_from_this<Session> {
   void Run() { ReadHeader(); }
   void Close();
   bool idle() const { return exchange_ == 0; }
+  // The whole answer is here, and not all of it is sent.
+  bool answered() const { return last_queued_; }
 
   void PostSend(uint64_t exchange, std::string bytes, bool last);
   void SetHangUp(uint64_t exchange, std::function<void()> callback);
@@ -214,15 +217,23 @@ class ServerImpl : public HttpServer {
 
   void Stop() override {
     if (!thread_.joinable()) return;
+    workers_.join();  // what they answer last is then on its way to the I/O thread, before the task below
     asio::post(io_, [this] {
       stopping_ = true;
       error_code ignored;
       acceptor_.close(ignored);
-      for (const auto& session : std::vector(sessions_.begin(), sessions_.end())) session->Close();
+      for (const auto& session : std::vector(sessions_.begin(), sessions_.end())) {
+        if (!session->answered()) session->Close();
+      }
+      if (!sessions_.empty()) {
+        last_call_.expires_after(kLastCall);
+        last_call_.async_wait([this](error_code) {
+          for (const auto& session : std::vector(sessions_.begin(), sessions_.end())) session->Close();
+        });
+      }
       guard_.reset();
     });
     thread_.join();
-    workers_.join();
     io_.restart();
     io_.poll();  // releases what workers posted last
   }
@@ -238,7 +249,10 @@ class ServerImpl : public HttpServer {
     });
   }
 
-  void Remove(const std::shared_ptr<Session>& session) { sessions_.erase(session); }
+  void Remove(const std::shared_ptr<Session>& session) {
+    sessions_.erase(session);
+    if (sessions_.empty()) last_call_.cancel();
+  }
   bool stopping() const { return stopping_; }
   const HttpOptions& options() const { return options_; }
   asio::io_context& io() { return io_; }
@@ -274,6 +288,7 @@ class ServerImpl : public HttpServer {
   asio::thread_pool workers_;
   std::thread thread_;
   std::set<std::shared_ptr<Session>> sessions_;  // I/O thread only
+  asio::steady_timer last_call_{io_};            // I/O thread only
   bool stopping_ = false;                        // I/O thread only
   uint16_t port_ = 0;
 };

@@ -63,7 +63,8 @@ class HttpServer {
   virtual std::function<void(std::function<void()>)> MakeStrand() = 0;
   // Stops accepting and reading new requests; responses under way go on.
   virtual void StopAccepting() = 0;
-  // Closes everything and joins the threads.
+  // Lets the answers out that are complete, for two seconds at most, then closes everything and joins the
+  // threads.
   virtual void Stop() = 0;
 };
 

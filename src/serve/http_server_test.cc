@@ -251,6 +251,39 @@ TEST_F(HttpServerTest, StopWithOpenConnectionsAndHeldRespondersIsClean) {
   server_.reset();
 }
 
+TEST_F(HttpServerTest, StopLetsTheAnswersOutThatAreComplete) {
+  const std::string body(8 << 20, 'x');  // more than the socket's buffers take
+  std::atomic<bool> answering{false};
+  Serve([&](HttpRequest&&, const std::shared_ptr<Responder>& responder) {
+    answering = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // Stop() comes before the answer
+    responder->Send(200, "text/plain", body, {});
+  });
+  RawClient client(server_->port());
+  client.Send("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  while (!answering) std::this_thread::yield();
+  std::thread stop([&] { server_->Stop(); });
+  const std::string answer = client.Receive();
+  EXPECT_TRUE(answer.starts_with("HTTP/1.1 200 "));
+  EXPECT_TRUE(answer.ends_with("\r\n\r\n" + body)) << answer.size();
+  client.Close();
+  stop.join();
+}
+
+TEST_F(HttpServerTest, StopDoesNotWaitForAClientThatTakesNothing) {
+  std::atomic<bool> answered{false};
+  Serve([&](HttpRequest&&, const std::shared_ptr<Responder>& responder) {
+    responder->Send(200, "text/plain", std::string(32 << 20, 'x'), {});
+    answered = true;
+  });
+  RawClient client(server_->port());
+  client.Send("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  while (!answered) std::this_thread::yield();
+  const auto start = std::chrono::steady_clock::now();
+  server_->Stop();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(4));
+}
+
 TEST_F(HttpServerTest, SaysWhenThePortIsTaken) {
   ServeEcho();
   HttpOptions options;
