@@ -54,7 +54,7 @@ class Server:
         if code != 0:
             raise AssertionError(f"the server exited with {code}:\n" + "".join(self.log[-20:]))
 
-    def request(self, method, path, body=None, headers=None, timeout=120):
+    def request(self, method, path, body=None, headers=None, timeout=250):
         """(status, body): bytes are sent as they are, anything else as JSON; JSON answers are parsed."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
