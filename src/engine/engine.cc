@@ -20,12 +20,13 @@ namespace {
 
 class EngineImpl : public Engine {
  public:
-  EngineImpl(std::unique_ptr<Model> model, KvArena arena, EngineContext context, const EngineOptions& options)
+  EngineImpl(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory, EngineContext context,
+             const EngineOptions& options)
       : context_(std::move(context)),
         seed_(options.seed != 0 ? options.seed
                                 : static_cast<uint64_t>(Clock::now().time_since_epoch().count())),
         mailbox_(options.max_queued),
-        loop_(std::move(model), std::move(arena), context_, options, &mailbox_),
+        loop_(std::move(model), std::move(memory), context_, options, &mailbox_),
         // The number of compute threads belongs to the thread that set it; now another one computes.
         thread_([this, threads = ComputeThreads()] {
           SetComputeThreads(threads);
@@ -128,11 +129,11 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> model,
   const int64_t bytes = options.kv_memory > 0
                             ? options.kv_memory
                             : DefaultKvMemory(context.geometry, context.max_model_len, options.max_running);
-  ASSIGN_OR_RETURN(KvArena arena, KvArena::Create(context.geometry, bytes));
-  context.total_rows = arena.total_rows();
+  ASSIGN_OR_RETURN(std::unique_ptr<KvMemory> memory, model->AllocateKv(bytes));
+  context.total_rows = memory->total_rows();
   context.wishes = WishesOf(options.policy, context.geometry, model->calibration(), model->dummy_weights());
   return std::unique_ptr<Engine>(
-      new EngineImpl(std::move(model), std::move(arena), std::move(context), options));
+      new EngineImpl(std::move(model), std::move(memory), std::move(context), options));
 }
 
 }  // namespace triaxial

@@ -19,16 +19,16 @@ double Seconds(Clock::time_point from, Clock::time_point to) {
 
 }  // namespace
 
-EngineLoop::EngineLoop(std::unique_ptr<Model> model, KvArena arena, const EngineContext& context,
-                       const EngineOptions& options, Mailbox* mailbox)
+EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
+                       const EngineContext& context, const EngineOptions& options, Mailbox* mailbox)
     : context_(context),
       mailbox_(mailbox),
       model_(std::move(model)),
-      arena_(std::move(arena)),
-      cache_(context.geometry, arena_.total_rows()),
+      memory_(std::move(memory)),
+      cache_(context.geometry, memory_->total_rows()),
       scheduler_({options.max_running, options.max_step_tokens, context.policy.recent_window}, &cache_,
-                 [this](uint32_t from, uint32_t to, int rows) { arena_.Move(from, to, rows); }),
-      executor_(model_.get(), &arena_, context.preprocessor) {}
+                 [this](uint32_t from, uint32_t to, int rows) { memory_->Move(from, to, rows); }),
+      executor_(model_.get(), memory_.get(), context.preprocessor) {}
 
 void EngineLoop::Run() {
   while (true) {
@@ -169,7 +169,7 @@ void EngineLoop::FailForMemory(RequestState* request) {
       ResourceExhausted(fmt::format(
           "after {} prompt and {} output tokens the KV cache of {} bytes has no room for the request, even "
           "alone; raise --kv-memory, ask for fewer tokens or choose a policy with fewer bits",
-          request->prompt_tokens, request->output_tokens(), arena_.bytes())));
+          request->prompt_tokens, request->output_tokens(), memory_->bytes())));
 }
 
 void EngineLoop::Finish(RequestState* request, FinishReason reason, Status error) {

@@ -22,7 +22,7 @@ namespace triaxial {
 class EngineLoop {
  public:
   // `context` and `mailbox` must outlive it.
-  EngineLoop(std::unique_ptr<Model> model, KvArena arena, const EngineContext& context,
+  EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory, const EngineContext& context,
              const EngineOptions& options, Mailbox* mailbox);
 
   // Until the mailbox is stopped; then all requests have had their last event.
@@ -52,7 +52,7 @@ class EngineLoop {
   const EngineContext& context_;
   Mailbox* mailbox_;
   std::unique_ptr<Model> model_;
-  KvArena arena_;
+  std::unique_ptr<KvMemory> memory_;
   KvCache cache_;
   Scheduler scheduler_;
   Executor executor_;

@@ -64,7 +64,7 @@ void Executor::Run(const Step& step) {
   }
   const size_t needed = batch_.logits_rows.size() * static_cast<size_t>(model_->config().text.vocab_size);
   if (logits_.size() < needed) logits_.resize(needed);
-  model_->Forward(batch_, arena_, logits_.data());
+  model_->Forward(batch_, memory_, logits_.data());
   for (const Step::Item& item : step.items) {
     auto& request = static_cast<RequestState&>(*item.sequence);
     if (item.begin < request.prompt_tokens) DropPassedImages(&request);

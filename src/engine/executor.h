@@ -15,9 +15,9 @@ namespace triaxial {
 // Throws what the model throws (std::bad_alloc above all).
 class Executor {
  public:
-  // `model` and `arena` must outlive it.
-  Executor(Model* model, KvArena* arena, const PreprocessorConfig& preprocessor)
-      : model_(model), arena_(arena), preprocessor_(preprocessor) {}
+  // `model` and `memory` must outlive it.
+  Executor(Model* model, KvMemory* memory, const PreprocessorConfig& preprocessor)
+      : model_(model), memory_(memory), preprocessor_(preprocessor) {}
 
   // Runs the vision tower on the images that the next `count` tokens of a prompt reach. Each image is encoded
   // once, when the prefill reaches it (again after a preemption), and its features go when it has passed, so
@@ -35,7 +35,7 @@ class Executor {
   void AddVisualRows(const RequestState& request, const Step::Item& item);
 
   Model* model_;
-  KvArena* arena_;
+  KvMemory* memory_;
   PreprocessorConfig preprocessor_;
   Batch batch_;
   std::vector<float> logits_;       // [batch_.logits_rows.size()][vocab]

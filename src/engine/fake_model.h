@@ -58,7 +58,8 @@ class FakeModel : public Model {
   int64_t parameters() const override { return 0; }
   int64_t decode_weight_bytes() const override { return 0; }
 
-  void Forward(const Batch& batch, KvArena* arena, float* logits) override {
+  void Forward(const Batch& batch, KvMemory* memory, float* logits) override {
+    auto* arena = static_cast<KvArena*>(memory);
     if (on_forward) on_forward(batch);
     for (const KvConvert& c : batch.converts) {
       const std::vector<Record> records = Read(*arena, c.from_row, kBlockTokens);

@@ -74,7 +74,7 @@ void UnitAllocator::Reset(uint32_t free_row, int64_t free_rows) {
 
 int64_t UnitAllocator::largest_run() const { return by_length_.empty() ? 0 : by_length_.rbegin()->first; }
 
-Result<KvArena> KvArena::Create(const KvGeometry& geometry, int64_t bytes) {
+Result<int64_t> RowsOfMemory(const KvGeometry& geometry, int64_t bytes) {
   CHECK(geometry.num_layers > 0 && geometry.num_kv_heads > 0 && geometry.head_dim > 0);
   uint64_t checked_row = 0, checked_block = 0;
   if (!CheckedMul(static_cast<uint64_t>(UnitRowBytes(geometry)), static_cast<uint64_t>(geometry.num_layers),
@@ -97,9 +97,13 @@ Result<KvArena> KvArena::Create(const KvGeometry& geometry, int64_t bytes) {
                            std::to_string(UnitAllocator::kMaxRows) + " units of " +
                            std::to_string(row_bytes) + " bytes; lower --kv-memory");
   }
+  return bytes / row_bytes;
+}
+
+Result<KvArena> KvArena::Create(const KvGeometry& geometry, int64_t bytes) {
   KvArena arena;
+  ASSIGN_OR_RETURN(arena.rows_, RowsOfMemory(geometry, bytes));
   arena.geometry_ = geometry;
-  arena.rows_ = bytes / row_bytes;
   const size_t size = static_cast<size_t>(arena.bytes());
   // Without MAP_NORESERVE: what the machine cannot hold is refused here rather than killed for later.
   void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -136,6 +140,24 @@ void KvArena::Move(uint32_t from_row, uint32_t to_row, int rows) {
     std::memmove(data + to_row * row_bytes, data + from_row * row_bytes,
                  static_cast<size_t>(rows * row_bytes));
   }
+}
+
+Status KvArena::Read(uint32_t row, int rows, uint8_t* out) const {
+  CHECK(rows >= 0 && int64_t{row} + rows <= rows_);
+  const int64_t row_bytes = UnitRowBytes(geometry_);
+  for (int layer = 0; layer < geometry_.num_layers; ++layer, out += rows * row_bytes) {
+    std::memcpy(out, LayerData(layer) + row * row_bytes, static_cast<size_t>(rows * row_bytes));
+  }
+  return OkStatus();
+}
+
+Status KvArena::Write(uint32_t row, int rows, const uint8_t* in) {
+  CHECK(rows >= 0 && int64_t{row} + rows <= rows_);
+  const int64_t row_bytes = UnitRowBytes(geometry_);
+  for (int layer = 0; layer < geometry_.num_layers; ++layer, in += rows * row_bytes) {
+    std::memcpy(LayerData(layer) + row * row_bytes, in, static_cast<size_t>(rows * row_bytes));
+  }
+  return OkStatus();
 }
 
 }  // namespace triaxial

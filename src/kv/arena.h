@@ -1,5 +1,5 @@
 // One byte arena for all formats: equal units, blocks as runs of unit rows. Allocation is pure bookkeeping
-// (UnitAllocator); the CPU's memory is KvArena.
+// (UnitAllocator); the bytes are a backend's KvMemory, on the CPU a KvArena.
 #ifndef TRIAXIAL_KV_ARENA_H_
 #define TRIAXIAL_KV_ARENA_H_
 
@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <set>
+#include <string_view>
 
 #include "base/status.h"
 #include "kv/format.h"
@@ -43,25 +44,44 @@ class UnitAllocator {
   std::set<std::pair<uint32_t, uint32_t>> by_length_;  // the same: (length, row)
 };
 
-// The memory behind the rows on the CPU: num_layers regions of total_rows * UnitRowBytes, zero-filled lazily
-// by the kernel.
-class KvArena {
+// The memory behind the rows, wherever a model keeps its cache. Everything here waits for what the model has
+// been asked to do before.
+class KvMemory {
+ public:
+  virtual ~KvMemory() = default;
+  virtual const KvGeometry& geometry() const = 0;
+  virtual int64_t total_rows() const = 0;
+  int64_t bytes() const { return total_rows() * UnitRowBytes(geometry()) * geometry().num_layers; }
+  // Names the order of bytes within a block ("cpu-1"): stored blocks fit only a memory of the same layout.
+  virtual std::string_view layout() const = 0;
+  // Copies a block's rows (all layers) to another place; source and destination may overlap.
+  virtual void Move(uint32_t from_row, uint32_t to_row, int rows) = 0;
+  // Copies rows, as stored, to and from host memory: [num_layers][rows][UnitRowBytes]. ResourceExhausted or
+  // Internal if a device refuses.
+  virtual Status Read(uint32_t row, int rows, uint8_t* out) const = 0;
+  virtual Status Write(uint32_t row, int rows, const uint8_t* in) = 0;
+};
+
+// num_layers regions of total_rows * UnitRowBytes, zero-filled lazily by the kernel.
+class KvArena final : public KvMemory {
  public:
   // `bytes` is rounded down to whole unit rows over all layers. ResourceExhausted if the machine refuses it,
   // InvalidArgument if it is less than one BF16 block or more rows than a block table can name.
   static Result<KvArena> Create(const KvGeometry& geometry, int64_t bytes);
   KvArena(KvArena&& other) noexcept;
   KvArena& operator=(KvArena&& other) noexcept;
-  ~KvArena();
+  ~KvArena() override;
 
-  const KvGeometry& geometry() const { return geometry_; }
-  int64_t total_rows() const { return rows_; }
-  int64_t bytes() const { return rows_ * UnitRowBytes(geometry_) * geometry_.num_layers; }
+  const KvGeometry& geometry() const override { return geometry_; }
+  int64_t total_rows() const override { return rows_; }
+  std::string_view layout() const override { return "cpu-1"; }
+  void Move(uint32_t from_row, uint32_t to_row, int rows) override;
+  Status Read(uint32_t row, int rows, uint8_t* out) const override;
+  Status Write(uint32_t row, int rows, const uint8_t* in) override;
+
   // Start of a layer's region; unit row r lies at LayerData(l) + r * UnitRowBytes(geometry()).
   uint8_t* LayerData(int layer) { return data_ + layer * rows_ * UnitRowBytes(geometry_); }
   const uint8_t* LayerData(int layer) const { return data_ + layer * rows_ * UnitRowBytes(geometry_); }
-  // Copies a block's rows (all layers) to another place; source and destination may overlap.
-  void Move(uint32_t from_row, uint32_t to_row, int rows);
 
  private:
   KvArena() = default;
@@ -69,6 +89,9 @@ class KvArena {
   int64_t rows_ = 0;
   uint8_t* data_ = nullptr;
 };
+
+// How many unit rows `bytes` make; the errors of KvArena::Create that need no memory. For every backend.
+Result<int64_t> RowsOfMemory(const KvGeometry& geometry, int64_t bytes);
 
 }  // namespace triaxial
 

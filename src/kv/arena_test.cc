@@ -132,6 +132,26 @@ TEST(KvArenaTest, MovesAllLayersAlsoOntoItself) {
   }
 }
 
+TEST(KvArenaTest, WhatIsReadCanBeWrittenElsewhere) {
+  auto arena = KvArena::Create(kGeometry, BlockBytes(kGeometry, Format::kBf16));
+  ASSERT_TRUE(arena.ok());
+  const auto row_bytes = static_cast<size_t>(UnitRowBytes(kGeometry));
+  for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+    for (size_t i = 0; i < 3 * row_bytes; ++i) {
+      arena->LayerData(layer)[5 * row_bytes + i] = static_cast<uint8_t>(layer * 7 + i * 13);
+    }
+  }
+  std::vector<uint8_t> bytes(static_cast<size_t>(kGeometry.num_layers) * 3 * row_bytes);
+  ASSERT_TRUE(arena->Read(5, 3, bytes.data()).ok());
+  ASSERT_TRUE(arena->Write(1, 3, bytes.data()).ok());
+  for (int layer = 0; layer < kGeometry.num_layers; ++layer) {
+    const uint8_t* data = arena->LayerData(layer);
+    EXPECT_EQ(std::memcmp(data + row_bytes, data + 5 * row_bytes, 3 * row_bytes), 0);
+    EXPECT_EQ(data[0], 0);
+    EXPECT_EQ(data[4 * row_bytes], 0);
+  }
+}
+
 TEST(KvArenaTest, RefusesWhatCannotBe) {
   const int64_t block = BlockBytes(kGeometry, Format::kBf16);
   EXPECT_TRUE(KvArena::Create(kGeometry, block).ok());

@@ -9,17 +9,19 @@
 
 namespace triaxial {
 
-// One block as attention reads it. A tail is a kBf16 block with tokens < 64.
+// One block as attention reads it. A tail is a kBf16 block with room for `capacity` tokens (a multiple of 16).
 struct KvBlockRef {
   uint32_t unit_row = 0;
-  uint8_t tokens = 0;  // 1..64 (valid tokens, from the block's start)
+  uint8_t tokens = 0;  // 1..capacity (valid tokens, from the block's start)
   Format format = Format::kBf16;
+  uint8_t capacity = kBlockTokens;
 };
 
 // Stores of one step, executed per layer in order, after that layer's attention has read the old state.
 // Completes or extends a block: its first `from_tail` tokens come from the BF16 block at `tail_row`, the next
 // `rows` from rows [row_begin, row_begin + rows) of the step's K and V.
-//  - format kBf16 (then unit_row == tail_row): append in place at token `from_tail`.
+//  - unit_row == tail_row (a BF16 block of one capacity): append in place at token `from_tail`.
+//  - format kBf16 and unit_row != tail_row: the tail grows into a larger place, its tokens move along.
 //  - otherwise from_tail + rows == 64: encode all into unit_row.
 // tail_row == unit_row where nothing is read from a tail, so stores of different tail_row are independent.
 struct KvStore {
@@ -29,6 +31,8 @@ struct KvStore {
   uint8_t from_tail = 0;
   uint8_t rows = 0;
   Format format = Format::kBf16;
+  uint8_t tail_capacity = kBlockTokens;  // of the block at tail_row
+  uint8_t capacity = kBlockTokens;       // of the block at unit_row
 };
 
 // Re-quantizes a complete block (64 tokens) into another place, before the step's attention.

@@ -38,8 +38,8 @@ class QwenModel : public Model {
   int64_t parameters() const override { return parameters_; }
   int64_t decode_weight_bytes() const override { return decoder_->weight_bytes(); }
 
-  void Forward(const Batch& batch, KvArena* arena, float* logits) override {
-    decoder_->Forward(batch, arena, logits);
+  void Forward(const Batch& batch, KvMemory* memory, float* logits) override {
+    decoder_->Forward(batch, static_cast<KvArena*>(memory), logits);
   }
   VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) override {
     CHECK(vision_ != nullptr);
@@ -65,6 +65,11 @@ Element ElementFor(Precision precision) {
 }
 
 }  // namespace
+
+Result<std::unique_ptr<KvMemory>> Model::AllocateKv(int64_t bytes) {
+  ASSIGN_OR_RETURN(KvArena arena, KvArena::Create(geometry(), bytes));
+  return std::unique_ptr<KvMemory>(std::make_unique<KvArena>(std::move(arena)));
+}
 
 Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const ModelOptions& options) {
   ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(directory));

@@ -52,9 +52,12 @@ class Model {
   virtual int64_t parameters() const = 0;
   virtual int64_t decode_weight_bytes() const = 0;
 
-  // Runs one step: reads and writes the cache in `arena` as the batch says, and leaves logits
-  // [batch.logits_rows.size()][vocab_size] F32 in `logits`. Token ids must be in range (CHECK).
-  virtual void Forward(const Batch& batch, KvArena* arena, float* logits) = 0;
+  // Memory for a cache of this model, where the model computes. Errors as KvArena::Create. The memory must
+  // not outlive the model.
+  virtual Result<std::unique_ptr<KvMemory>> AllocateKv(int64_t bytes);
+  // Runs one step: reads and writes the cache in `memory` (of AllocateKv) as the batch says, and leaves
+  // logits [batch.logits_rows.size()][vocab_size] F32 in `logits`. Token ids must be in range (CHECK).
+  virtual void Forward(const Batch& batch, KvMemory* memory, float* logits) = 0;
   // The vision tower on one image; only for models with vision (CHECK).
   virtual VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) = 0;
 };

@@ -6,11 +6,11 @@
 
 namespace triaxial {
 
-SingleSequence::SingleSequence(Model* model, Format format, KvArena arena)
+SingleSequence::SingleSequence(Model* model, Format format, std::unique_ptr<KvMemory> memory)
     : model_(model),
       format_(format),
-      arena_(std::move(arena)),
-      cache_(arena_.geometry(), arena_.total_rows()),
+      memory_(std::move(memory)),
+      cache_(memory_->geometry(), memory_->total_rows()),
       id_(cache_.CreateSequence(0)) {}
 
 Result<std::unique_ptr<SingleSequence>> SingleSequence::Create(Model* model, Format format,
@@ -18,8 +18,9 @@ Result<std::unique_ptr<SingleSequence>> SingleSequence::Create(Model* model, For
   const KvGeometry geometry = model->geometry();
   // A step's completed blocks take their place before the tail gives its own back.
   const int64_t blocks = max_tokens / kBlockTokens + 2;
-  ASSIGN_OR_RETURN(KvArena arena, KvArena::Create(geometry, blocks * BlockBytes(geometry, Format::kBf16)));
-  return std::unique_ptr<SingleSequence>(new SingleSequence(model, format, std::move(arena)));
+  ASSIGN_OR_RETURN(std::unique_ptr<KvMemory> memory,
+                   model->AllocateKv(blocks * BlockBytes(geometry, Format::kBf16)));
+  return std::unique_ptr<SingleSequence>(new SingleSequence(model, format, std::move(memory)));
 }
 
 void SingleSequence::Clear() {
@@ -56,7 +57,7 @@ Status SingleSequence::Append(std::span<const int32_t> tokens,
     batch_.converts = append_.converts;
     batch_.stores = append_.stores;
     batch_.sequences.push_back({0, end - begin, cache_.View(id_)});
-    model_->Forward(batch_, &arena_, logits->data() + written);
+    model_->Forward(batch_, memory_.get(), logits->data() + written);
     written += batch_.logits_rows.size() * vocab;
     cache_.FinishStep();
   }

@@ -26,7 +26,7 @@ struct PlacedImage {
 class SingleSequence {
  public:
   // Room for max_tokens in BF16; every block takes `format`. The model must outlive it. Errors as
-  // KvArena::Create.
+  // Model::AllocateKv.
   static Result<std::unique_ptr<SingleSequence>> Create(Model* model, Format format, int32_t max_tokens);
 
   // Appends tokens in steps of at most `chunk` rows. The images' begins count from the first of `tokens`.
@@ -41,11 +41,11 @@ class SingleSequence {
   int32_t length() const { return cache_.Length(id_); }
 
  private:
-  SingleSequence(Model* model, Format format, KvArena arena);
+  SingleSequence(Model* model, Format format, std::unique_ptr<KvMemory> memory);
 
   Model* model_;
   Format format_;
-  KvArena arena_;
+  std::unique_ptr<KvMemory> memory_;
   KvCache cache_;
   SequenceId id_;
   Batch batch_;
