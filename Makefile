@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo serve test test-unit format format-check tidy clean setup-build setup-test setup-tidy configure-release
+.PHONY: help build demo serve test test-unit test-gpu bench-gpu format format-check tidy clean setup-build setup-test setup-tidy configure-release
 
 BINARY := build/release/triaxial
 DEMO := tools/demo.sh
@@ -19,6 +19,8 @@ help:
 	@echo "make build      build the one binary, $(BINARY)"
 	@echo "make test       everything that CI runs: format check, all tests, parsers and cache under sanitizers"
 	@echo "make test-unit  the unit tests, in under a minute once built"
+	@echo "make test-gpu   tests of the CUDA kernels; needs a GPU, the CUDA toolkit, CMake and a C++ compiler alone"
+	@echo "make bench-gpu  their benchmark on this GPU, beside its own libraries; JSON in build/gpu/results"
 	@echo "make format     reformat all sources in place"
 	@echo "make tidy       clang-tidy on the files changed since BASE=$(BASE); ALL=1 for every file"
 	@echo "make clean      remove build/"
@@ -42,6 +44,16 @@ test: setup-test format-check configure-release
 test-unit: configure-release
 	cmake --build --preset release --target tests_unit
 	ctest --preset release -L unit
+
+test-gpu:
+	cmake --preset gpu
+	cmake --build --preset gpu -j --target gpu_tests
+	ctest --test-dir build/gpu --output-on-failure
+
+bench-gpu:
+	cmake --preset gpu
+	cmake --build --preset gpu -j --target kernel_bench
+	tools/bench_gpu.sh
 
 format: setup-test
 	$(SOURCES) | xargs -r clang-format -i
