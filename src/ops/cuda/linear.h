@@ -1,0 +1,48 @@
+// Matrix products by cuBLASLt: y = x W^T (+ bias) with a fused epilogue; BF16 in, F32 sums.
+#ifndef TRIAXIAL_OPS_CUDA_LINEAR_H_
+#define TRIAXIAL_OPS_CUDA_LINEAR_H_
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "ops/cuda/device.h"
+#include "ops/linear.h"
+
+namespace triaxial::cuda {
+
+// Weights on the device: [shape.out][shape.in] BF16; bias [shape.out] of shape.output, or null. shape.input
+// is kBf16.
+struct LinearWeights {
+  LinearShape shape;
+  const void* weights = nullptr;
+  const void* bias = nullptr;
+};
+
+// Handle, workspace and the algorithms chosen so far, by shape and number of rows. One stream at a time uses
+// it.
+class LinearRunner {
+ public:
+  LinearRunner();
+  ~LinearRunner();
+  LinearRunner(const LinearRunner&) = delete;
+  LinearRunner& operator=(const LinearRunner&) = delete;
+
+  // x: [rows][in] BF16, y: [rows][out] of shape.output, on the device. The first call of a shape and number
+  // of rows asks cuBLASLt for an algorithm (some tens of microseconds). kGeluErf is not a cuBLASLt epilogue:
+  // CHECK.
+  void Run(const LinearWeights& linear, const void* x, int64_t rows, void* y, cudaStream_t stream);
+
+  // Times what cuBLASLt proposes for this number of rows and keeps the fastest. `layers` are weights of one
+  // shape; they take turns, so that none is found in the L2 cache. Overwrites x and y; not to be captured in
+  // a graph.
+  void Tune(std::span<const LinearWeights> layers, void* x, int64_t rows, void* y, cudaStream_t stream);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace triaxial::cuda
+
+#endif  // TRIAXIAL_OPS_CUDA_LINEAR_H_
