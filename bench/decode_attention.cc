@@ -12,13 +12,13 @@
 #include <random>
 #include <vector>
 
+#include "apps/bench_machine.h"
 #include "base/checked_math.h"
 #include "base/file.h"
 #include "base/float16.h"
 #include "base/parallel.h"
 #include "kv/arena.h"
 #include "kv/codec.h"
-#include "machine.h"
 #include "ops/attention.h"
 
 namespace triaxial {
@@ -249,7 +249,7 @@ int Main(int argc, char** argv) {
   SetComputeThreads(threads);
   const Codec codec = *ParseCodec(codec_name);
 
-  Json report = DescribeRun(argc, argv);
+  Json report = DescribeRun();
   const double copy = CopyBandwidth(), read = ReadBandwidth();
   fmt::print(
       "{}, {} threads: copy {:.1f} GB/s (read + write), read {:.1f} GB/s; {} KV heads of {}, codec {}\n\n",

@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "apps/bench_machine.h"
 #include "base/file.h"
-#include "machine.h"
 #include "model/model.h"
 #include "model/single_sequence.h"
 #include "ops/buffer.h"
@@ -169,7 +169,7 @@ int Main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   std::vector<std::pair<std::string, bool>> models = {{options.model, options.dummy}};
   if (options.model.empty()) models = {{"models/pocket-agent", false}, {"bench/configs/qwen3-vl-2b", true}};
-  Json report = DescribeRun(argc, argv);
+  Json report = DescribeRun();
   report["models"] = Json::array();
   Status status;
   for (size_t i = 0; i < models.size() && status.ok(); ++i) {

@@ -20,8 +20,9 @@ Command AddGenerate(CLI::App* app);
 Command AddTag(CLI::App* app);
 Command AddInspect(CLI::App* app);
 Command AddDemo(CLI::App* app);
-// Has subcommands of its own.
+// Have subcommands of their own.
 Command AddPolicy(CLI::App* app);
+Command AddBench(CLI::App* app);
 
 // Options of every command that reads a checkpoint or runs the engine.
 struct ModelFlags {

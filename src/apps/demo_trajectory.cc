@@ -34,10 +34,16 @@ Status InlineImages(const std::filesystem::path& directory, Json* message) {
 Result<Trajectory> ParseTrajectory(const std::string& line, const std::filesystem::path& directory,
                                    const std::string& what) {
   ASSIGN_OR_RETURN(Json json, ParseJson(line, what));
+  Trajectory trajectory;
+  if (json.is_object() && json.contains("id") && json["id"].is_string())
+    trajectory.id = json["id"].get<std::string>();
+  if (json.is_object() && json.contains("request")) {
+    json = Json(json["request"]);
+    trajectory.request = true;
+  }
   if (!json.is_object() || !json.contains("messages") || !json["messages"].is_array())
     return InvalidArgument(what + " has no list of messages; each line must be one OpenAI conversation");
-  Trajectory trajectory;
-  trajectory.id = json.contains("id") && json["id"].is_string() ? json["id"].get<std::string>() : what;
+  if (trajectory.id.empty()) trajectory.id = what;
   if (json.contains("tools")) trajectory.tools = std::move(json["tools"]);
   trajectory.messages = std::move(json["messages"]);
   for (size_t i = 0; i < trajectory.messages.size(); ++i) {
@@ -79,9 +85,11 @@ std::string ContentOf(const Json& message) {
 
 }  // namespace
 
-Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit) {
+Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit,
+                                                 const std::string& images) {
   ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFile));
-  const std::filesystem::path directory = std::filesystem::path(path).parent_path();
+  const std::filesystem::path directory =
+      images.empty() ? std::filesystem::path(path).parent_path() : std::filesystem::path(images);
   std::vector<Trajectory> trajectories;
   std::istringstream lines(text);
   size_t number = 0;

@@ -16,11 +16,13 @@ struct Trajectory {
   Json messages;              // OpenAI chat format; every picture as a data: URL
   Json tools;                 // null if there are none
   std::vector<size_t> steps;  // indices of the assistant's messages
+  bool request = false;  // the line was one request, {"request": {...}}, rather than a whole conversation
 };
 
 // The first `limit` (0: all) lines of a JSONL file of objects with messages, tools and id. Pictures are paths
-// relative to the file, or data: URLs. Errors name file and line.
-Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit);
+// relative to `images` (empty: to the file), or data: URLs. Errors name file and line.
+Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit,
+                                                 const std::string& images = "");
 
 // The chat request that leads to the recorded assistant message: greedy, not streamed.
 Json StepRequest(const Trajectory& trajectory, size_t step, const std::string& model, int max_tokens);

@@ -1,7 +1,7 @@
 // What a measurement must be read against: the machine, the source it was built from, and the bandwidth of
 // memory, measured in the same run.
-#ifndef TRIAXIAL_BENCH_MACHINE_H_
-#define TRIAXIAL_BENCH_MACHINE_H_
+#ifndef TRIAXIAL_APPS_BENCH_MACHINE_H_
+#define TRIAXIAL_APPS_BENCH_MACHINE_H_
 
 #include <functional>
 #include <string>
@@ -18,10 +18,10 @@ double BestSeconds(double budget, const std::function<void()>& fn);
 double CopyBandwidth();
 double ReadBandwidth();
 
-// {"command", "cpu", "threads", "load_average" (before the run), "date" (UTC), "commit" (of the working
-// directory)}.
-Json DescribeRun(int argc, char** argv);
+// {"command", "cpu", "threads", "load_average" (before the run), "gpu" (where there is one), "date" (UTC),
+// "commit" (of the working directory; where that is no repository, the environment's TRIAXIAL_COMMIT)}.
+Json DescribeRun();
 
 }  // namespace triaxial
 
-#endif  // TRIAXIAL_BENCH_MACHINE_H_
+#endif  // TRIAXIAL_APPS_BENCH_MACHINE_H_

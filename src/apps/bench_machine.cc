@@ -1,4 +1,4 @@
-#include "machine.h"
+#include "apps/bench_machine.h"
 
 #include <algorithm>
 #include <array>
@@ -97,17 +97,25 @@ double ReadBandwidth() {
   return alive ? 1e-9 * kRoundChunks * kChunk / seconds : 0;
 }
 
-Json DescribeRun(int argc, char** argv) {
+Json DescribeRun() {
+  std::ifstream words("/proc/self/cmdline", std::ios::binary);
   std::string command;
-  for (int i = 0; i < argc; ++i) command += (i > 0 ? " " : "") + std::string(argv[i]);
+  for (std::string word; std::getline(words, word, '\0');) command += (command.empty() ? "" : " ") + word;
   double load = 0;
   (void)!getloadavg(&load, 1);
   const std::time_t now = std::time(nullptr);
   std::array<char, 32> date{};
   std::strftime(date.data(), date.size(), "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
-  return {{"command", command},          {"cpu", CpuModel()},
-          {"threads", ComputeThreads()}, {"load_average", load},
-          {"date", date.data()},         {"commit", Ask("git rev-parse --short HEAD 2>/dev/null")}};
+  std::string commit = Ask("git rev-parse --short HEAD 2>/dev/null");
+  if (const char* given = std::getenv("TRIAXIAL_COMMIT"); commit == "unknown" && given != nullptr)
+    commit = given;
+  Json json = {
+      {"command", command}, {"cpu", CpuModel()}, {"threads", ComputeThreads()}, {"load_average", load}};
+  const std::string gpu = Ask("nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null");
+  if (gpu != "unknown") json["gpu"] = gpu;
+  json["date"] = date.data();
+  json["commit"] = commit;
+  return json;
 }
 
 }  // namespace triaxial

@@ -1,0 +1,13 @@
+// The subcommands of `triaxial bench`.
+#ifndef TRIAXIAL_APPS_BENCH_H_
+#define TRIAXIAL_APPS_BENCH_H_
+
+#include "apps/commands.h"
+
+namespace triaxial {
+
+Command AddBenchServe(CLI::App* bench);
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_APPS_BENCH_H_
