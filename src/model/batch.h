@@ -19,6 +19,10 @@ struct VisualFeatures {
   int32_t tokens = 0;
   std::vector<float> embeddings;
   std::vector<std::vector<float>> deepstack;  // one per deepstack_visual_indexes entry
+  // From a model that computes on a GPU, in its memory instead: [1 + device_deepstack][tokens][hidden],
+  // embeddings first. To be given up before the model.
+  std::shared_ptr<const float> device;
+  int32_t device_deepstack = 0;
 };
 
 // Rows [row, row + count) of the step take features [feature, feature + count) of an image instead of token

@@ -1,5 +1,7 @@
 #include "model/model.h"
 
+#include <unistd.h>
+
 #include <exception>
 #include <new>
 
@@ -9,6 +11,10 @@
 #include "model/tensor_source.h"
 #include "model/vision_tower.h"
 #include "model/weights.h"
+#ifdef TRIAXIAL_CUDA
+#include "model/cuda/cuda_model.h"
+#include "ops/cuda/device.h"
+#endif
 
 namespace triaxial {
 namespace {
@@ -64,7 +70,39 @@ Element ElementFor(Precision precision) {
   return Element::kF32;
 }
 
+// What kAuto means for these options on this machine.
+Result<Device> ChooseDevice(const ModelOptions& options) {
+  if (options.device == Device::kCpu) return Device::kCpu;
+  const bool wanted = options.device == Device::kCuda;
+#ifdef TRIAXIAL_CUDA
+  std::string why;
+  if (options.precision == Precision::kF32) {
+    why = "it computes in BF16 only";
+  } else if (options.observer) {
+    why = "it has no observer of attention";
+  } else if (cuda::FindDevice(&why)) {
+    return Device::kCuda;
+  }
+  if (!wanted) {
+    spdlog::info("the GPU is not used: {}", why);
+    return Device::kCpu;
+  }
+  return InvalidArgument("the GPU cannot be used: " + why + "; use --device cpu");
+#else
+  if (!wanted) return Device::kCpu;
+  return InvalidArgument("this binary was built without CUDA; build the preset 'cuda', or use --device cpu");
+#endif
+}
+
 }  // namespace
+
+int64_t Model::FreeMemory() const {
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 4;
+}
+
+void Model::ForwardAndSample(const Batch&, KvMemory*, std::span<const TokenDraw>, int32_t*, float*) {
+  CHECK(samples());
+}
 
 Result<std::unique_ptr<KvMemory>> Model::AllocateKv(int64_t bytes) {
   ASSIGN_OR_RETURN(KvArena arena, KvArena::Create(geometry(), bytes));
@@ -80,6 +118,13 @@ Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const M
     ASSIGN_OR_RETURN(source, TensorSource::Open(directory));
   }
   if (options.calibration) calibration = *options.calibration;
+  ASSIGN_OR_RETURN(const Device device, ChooseDevice(options));
+#ifdef TRIAXIAL_CUDA
+  if (device == Device::kCuda) {
+    return cuda::LoadCudaModel(directory, config, std::move(calibration), std::move(source), options);
+  }
+#endif
+  CHECK(device == Device::kCpu);
   try {
     auto model =
         std::make_unique<QwenModel>(config, std::move(calibration), std::move(source), options.dummy_weights);

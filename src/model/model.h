@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "base/status.h"
@@ -14,6 +15,7 @@
 #include "kv/arena.h"
 #include "kv/calibration.h"
 #include "model/batch.h"
+#include "ops/token_draw.h"
 
 namespace triaxial {
 
@@ -27,13 +29,20 @@ enum class Precision {
 // [rows][num_heads][head_dim], k [rows][num_kv_heads][head_dim].
 using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, const float* k)>;
 
+enum class Device {
+  kAuto,  // a GPU if there is one and the options are for it, else the CPU
+  kCpu,
+  kCuda,  // an error if there is none
+};
+
 struct ModelOptions {
+  Device device = Device::kCpu;
   Precision precision = Precision::kBf16;
   bool dummy_weights = false;  // random weights of config.json's shapes, nothing else is read
   Codec codec = Codec::kRotated;
   // Instead of the directory's kv_calibration.json.
   std::optional<KvCalibration> calibration = std::nullopt;
-  AttentionObserver observer = nullptr;  // for calibration
+  AttentionObserver observer = nullptr;  // for calibration; on the CPU only
 };
 
 // Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.
@@ -52,12 +61,20 @@ class Model {
   virtual int64_t parameters() const = 0;
   virtual int64_t decode_weight_bytes() const = 0;
 
+  // Bytes that a cache may take where the model computes.
+  virtual int64_t FreeMemory() const;
   // Memory for a cache of this model, where the model computes. Errors as KvArena::Create. The memory must
   // not outlive the model.
   virtual Result<std::unique_ptr<KvMemory>> AllocateKv(int64_t bytes);
   // Runs one step: reads and writes the cache in `memory` (of AllocateKv) as the batch says, and leaves
   // logits [batch.logits_rows.size()][vocab_size] F32 in `logits`. Token ids must be in range (CHECK).
   virtual void Forward(const Batch& batch, KvMemory* memory, float* logits) = 0;
+  // Whether the model chooses tokens itself (where logits would have far to go); then the next may be called.
+  virtual bool samples() const { return false; }
+  // Forward, and tokens[i] by draws[i] from the logits of batch.logits_rows[i] (ops/token_draw.h); -1 if they
+  // have none above minus infinity. Leaves the logits of row i in logits + i * vocab_size if draws[i].logits.
+  virtual void ForwardAndSample(const Batch& batch, KvMemory* memory, std::span<const TokenDraw> draws,
+                                int32_t* tokens, float* logits);
   // The vision tower on one image; only for models with vision (CHECK).
   virtual VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) = 0;
 };

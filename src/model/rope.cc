@@ -52,12 +52,13 @@ void Mrope::Angles(std::span<const std::array<int32_t, 3>> positions, float* cos
 
 GridRope::GridRope(int head_dim) : frequencies_(Frequencies(kGridTheta, head_dim / 2)) {}
 
+void GridRope::AxisAngles(int position, float* cos, float* sin) const {
+  for (size_t k = 0; k < frequencies_.size(); ++k) Turn(position, frequencies_[k], cos + k, sin + k);
+}
+
 void GridRope::Angles(int row, int column, float* cos, float* sin) const {
-  const size_t quarter = frequencies_.size();
-  for (size_t k = 0; k < quarter; ++k) {
-    Turn(row, frequencies_[k], cos + k, sin + k);
-    Turn(column, frequencies_[k], cos + quarter + k, sin + quarter + k);
-  }
+  AxisAngles(row, cos, sin);
+  AxisAngles(column, cos + frequencies_.size(), sin + frequencies_.size());
 }
 
 }  // namespace triaxial

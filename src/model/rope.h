@@ -16,6 +16,9 @@ class Mrope {
   Mrope(int head_dim, double theta, const std::array<int, 3>& section);
   // cos, sin: [positions][head_dim / 2].
   void Angles(std::span<const std::array<int32_t, 3>> positions, float* cos, float* sin) const;
+  // What the angles are made of: frequency k and its axis, [head_dim / 2].
+  const std::vector<float>& frequencies() const { return frequencies_; }
+  const std::vector<uint8_t>& axes() const { return axes_; }
 
  private:
   std::vector<float> frequencies_;
@@ -28,6 +31,8 @@ class GridRope {
   explicit GridRope(int head_dim);
   // cos, sin: [head_dim / 2].
   void Angles(int row, int column, float* cos, float* sin) const;
+  // The half that turns by one of them; cos, sin: [head_dim / 4].
+  void AxisAngles(int position, float* cos, float* sin) const;
 
  private:
   std::vector<float> frequencies_;  // [head_dim / 4]

@@ -16,14 +16,6 @@ constexpr float kLayerNormEps = 1e-6f;
 // large image stays small.
 constexpr int64_t kChunkRows = 512;
 
-// torch.linspace(0, last, n)[i] in F32, which counts from the nearer end.
-float GridCoordinate(int i, int n, int last) {
-  if (n == 1) return 0;
-  const float step = static_cast<float>(last) / static_cast<float>(n - 1);
-  return i < n / 2 ? step * static_cast<float>(i)
-                   : static_cast<float>(last) - step * static_cast<float>(n - 1 - i);
-}
-
 }  // namespace
 
 Result<VisionTower::Norm> VisionTower::LoadNorm(const TensorSource& source, const std::string& name,
@@ -88,25 +80,18 @@ Result<std::unique_ptr<VisionTower>> VisionTower::Load(const VisionConfig& confi
   return tower;
 }
 
-void VisionTower::EmbedPositions(const ImagePatches& patches, const std::vector<Place>& places,
+void VisionTower::EmbedPositions(const ImagePatches& patches, const std::vector<GridPlace>& places,
                                  float* x) const {
   const int64_t hidden = config_.hidden_size;
   const int side = static_cast<int>(std::lround(std::sqrt(config_.num_position_embeddings)));
   ParallelFor(static_cast<int64_t>(places.size()), [&](int64_t p) {
-    const Place& place = places[static_cast<size_t>(p)];
-    const float y = GridCoordinate(place.row, patches.grid_h, side - 1);
-    const float z = GridCoordinate(place.column, patches.grid_w, side - 1);
-    const int y0 = static_cast<int>(y);
-    const int z0 = static_cast<int>(z);
-    const int y1 = std::min(y0 + 1, side - 1);
-    const int z1 = std::min(z0 + 1, side - 1);
-    const float dy = y - static_cast<float>(y0);
-    const float dz = z - static_cast<float>(z0);
+    const GridPlace& place = places[static_cast<size_t>(p)];
+    const GridCorners corners = CornersOf(place, patches.grid_h, patches.grid_w, side);
     const float* corner[4];
-    float factor[4] = {(1 - dy) * (1 - dz), (1 - dy) * dz, dy * (1 - dz), dy * dz};
-    const int index[4] = {y0 * side + z0, y0 * side + z1, y1 * side + z0, y1 * side + z1};
+    float factor[4];
     for (int c = 0; c < 4; ++c) {
-      corner[c] = position_embeddings_.data() + index[c] * hidden;
+      corner[c] = position_embeddings_.data() + corners.corner[c] * hidden;
+      factor[c] = corners.factor[c];
       // The reference rounds the factors to the model's type.
       if (element_ == Element::kBf16) factor[c] = Bf16ToFloat(FloatToBf16(factor[c]));
     }
@@ -188,18 +173,11 @@ VisualFeatures VisionTower::Encode(const ImagePatches& patches, const Preprocess
   const int64_t half = config_.hidden_size / config_.num_heads / 2;
   CHECK(rows > 0 && patches.grid_h % merge == 0 && patches.grid_w % merge == 0);
 
-  std::vector<Place> places;
-  for (int by = 0; by < patches.grid_h; by += merge) {
-    for (int bx = 0; bx < patches.grid_w; bx += merge) {
-      for (int y = by; y < by + merge; ++y) {
-        for (int x = bx; x < bx + merge; ++x) places.push_back({y, x});
-      }
-    }
-  }
+  const std::vector<GridPlace> places = PlacesOfPatches(patches.grid_h, patches.grid_w, merge);
   auto* cos = cos_.Reserve<float>(rows * half);
   auto* sin = sin_.Reserve<float>(rows * half);
   ParallelFor(rows, [&](int64_t r) {
-    const Place& place = places[static_cast<size_t>(r)];
+    const GridPlace& place = places[static_cast<size_t>(r)];
     rope_.Angles(place.row, place.column, cos + r * half, sin + r * half);
   });
 

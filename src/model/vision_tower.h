@@ -11,6 +11,7 @@
 #include "io/model_config.h"
 #include "model/batch.h"
 #include "model/rope.h"
+#include "model/vision_grid.h"
 #include "model/weights.h"
 #include "ops/buffer.h"
 #include "ops/full_attention.h"
@@ -41,11 +42,6 @@ class VisionTower {
     Norm norm;
     Linear fc1, fc2;
   };
-  // What depends on the grid alone.
-  struct Place {
-    int row = 0;
-    int column = 0;
-  };
 
   VisionTower(const VisionConfig& config, Element element)
       : config_(config), element_(element), rope_(config.hidden_size / config.num_heads) {}
@@ -53,7 +49,7 @@ class VisionTower {
   Result<Merger> LoadMerger(const TensorSource& source, LinearLoader* loader, const std::string& name,
                             int64_t norm_width);
   // Interpolated position embeddings of every patch into x [patches][hidden].
-  void EmbedPositions(const ImagePatches& patches, const std::vector<Place>& places, float* x) const;
+  void EmbedPositions(const ImagePatches& patches, const std::vector<GridPlace>& places, float* x) const;
   void RunBlock(const Block& block, int64_t rows, const float* cos, const float* sin, float* x);
   void RunMerger(const Merger& merger, int64_t rows, const float* x, float* out);
 

@@ -11,7 +11,8 @@ struct TokenDraw {
   float temperature = 0;  // below kGreedyBelow: the largest logit
   float top_p = 1;
   float min_p = 0;
-  int32_t top_k = 0;  // 0: off
+  int32_t top_k = 0;    // 0: off
+  bool logits = false;  // the row's logits are wanted too
 };
 inline constexpr float kGreedyBelow = 1e-5f;
 

@@ -1,0 +1,122 @@
+// The decoder on the GPU: the same function as model/decoder.h with BF16 products. Steps in which every
+// sequence has one row run as CUDA graphs, one for each number of rows (rounded up to a few sizes); all
+// others kernel by kernel.
+#ifndef TRIAXIAL_MODEL_CUDA_DECODER_H_
+#define TRIAXIAL_MODEL_CUDA_DECODER_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "io/model_config.h"
+#include "kv/calibration.h"
+#include "model/batch.h"
+#include "model/cuda/weights.h"
+#include "ops/cuda/attention.h"
+#include "ops/cuda/kv_memory.h"
+#include "ops/cuda/kv_store.h"
+#include "ops/cuda/linear.h"
+#include "ops/token_draw.h"
+
+namespace triaxial::cuda {
+
+// Not thread-safe: keeps its workspace between calls. Throws CudaError.
+class Decoder {
+ public:
+  // Errors as TensorSource::Get. All pointers must outlive it.
+  static Result<std::unique_ptr<Decoder>> Load(const ModelConfig& config, Codec codec,
+                                               const KvCalibration& calibration, DeviceWeights* weights,
+                                               LinearRunner* linears, cudaStream_t stream);
+  ~Decoder();
+
+  // See Model::Forward and Model::ForwardAndSample: tokens[i] and, where a draw asks for them, logits
+  // [i][vocab_size] of batch.logits_rows[i]. Without draws all logits come to the host. Returns when all is
+  // there.
+  void Forward(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
+               int32_t* tokens, float* logits);
+
+  const KvGeometry& geometry() const { return geometry_; }
+  int64_t weight_bytes() const;  // read by one decode step
+
+ private:
+  struct Layer {
+    const float* input_norm = nullptr;
+    const float* post_attention_norm = nullptr;
+    const float* q_norm = nullptr;
+    const float* k_norm = nullptr;
+    LinearWeights qkv, o, gate_up, down;
+  };
+  // What a step needs to know, on the device.
+  struct Inputs {
+    int32_t* tokens = nullptr;
+    int32_t* positions = nullptr;
+    RowPlace* places = nullptr;
+    KvStore* stores = nullptr;
+    int32_t* groups = nullptr;
+    KvConvert* converts = nullptr;
+    int32_t* convert_count = nullptr;
+    int32_t* logits_rows = nullptr;
+    TokenDraw* draws = nullptr;
+  };
+  // How many of each; a graph's inputs have room for what a step of its rows may need.
+  struct Sizes {
+    int64_t rows = 0;
+    int64_t stores = 0;
+    int64_t groups = 0;
+    int64_t converts = 0;
+    int64_t logits = 0;
+  };
+
+  Decoder(const TextConfig& config, Codec codec, const ClipRatios& clip, LinearRunner* linears,
+          cudaStream_t stream);
+  // Whether every sequence has one row, and nothing else is asked that a graph cannot do.
+  static bool IsDecode(const Batch& batch);
+  void Decode(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
+              int32_t* tokens, float* logits);
+  void Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
+               int32_t* tokens, float* logits);
+  // Lays out the inputs in pinned memory and says where they will be on the device.
+  Inputs LayOut(const Sizes& sizes, bool on_device);
+  void Upload();
+  void Reserve(int64_t rows, int64_t logits_rows);
+  void PlanAttention(const Batch& batch);
+  void Tune(int64_t rows);
+  // The layers, from hidden_ to hidden_.
+  void RunLayers(const CudaKvMemory& memory, const Inputs& in, int64_t rows, const Batch* prefill);
+  void DropGraphs();
+  void EnqueueDecode(const CudaKvMemory& memory, const Inputs& in, int64_t rows);
+  cudaGraphExec_t GraphOf(int64_t rows, const CudaKvMemory& memory);
+
+  TextConfig config_;
+  KvGeometry geometry_;
+  ClipRatios clip_;
+  LinearRunner* linears_;
+  cudaStream_t stream_;
+  const uint16_t* embedding_ = nullptr;
+  const float* frequencies_ = nullptr;
+  const uint8_t* axes_ = nullptr;
+  std::vector<Layer> layers_;
+  const float* final_norm_ = nullptr;
+  LinearWeights lm_head_;
+
+  std::unique_ptr<Attention> attention_;
+  AttentionLimits limits_;
+  PinnedBuffer upload_, download_;
+  DeviceBuffer inputs_;
+  size_t input_bytes_ = 0;
+  int64_t reserved_rows_ = 0;
+  int64_t reserved_logits_ = 0;
+  DeviceBuffer hidden_, cos_, sin_, normed_, qkv_, heads_, attended_, gate_up_, inner_, logits_, sampled_;
+  StoreList stores_;                           // keeps its memory between steps
+  std::map<int64_t, cudaGraphExec_t> graphs_;  // by rows
+  std::set<int64_t> tuned_;                    // rows that products have been timed for
+  CacheRegion graph_region_;                   // the cache that they work on
+};
+
+}  // namespace triaxial::cuda
+
+#endif  // TRIAXIAL_MODEL_CUDA_DECODER_H_
