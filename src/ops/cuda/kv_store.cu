@@ -103,12 +103,13 @@ __device__ void ReadSide(Codec codec, Side side, int bits, int capacity, int tok
           continue;
         }
         const int group = GroupOf<kDim>(codec, side, bits, e.token, e.channel);
-        float number = static_cast<float>(code);
         if (bits == 8) {
           const __half_raw half = __nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(code), __NV_E4M3);
-          number = __half2float(__half(half));
+          tile->at(e.token, e.channel) = __fmul_rn(tile->scale[group], __half2float(__half(half)));
+        } else {
+          tile->at(e.token, e.channel) =
+              __fadd_rn(tile->minimum[group], __fmul_rn(tile->scale[group], static_cast<float>(code)));
         }
-        tile->at(e.token, e.channel) = __fadd_rn(tile->minimum[group], __fmul_rn(tile->scale[group], number));
       }
     }
   }
