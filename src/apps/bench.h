@@ -6,6 +6,9 @@
 
 namespace triaxial {
 
+Command AddBenchDecode(CLI::App* bench);
+Command AddBenchPrefill(CLI::App* bench);
+Command AddBenchCodec(CLI::App* bench);
 Command AddBenchServe(CLI::App* bench);
 
 }  // namespace triaxial
