@@ -1,6 +1,7 @@
 // `triaxial bench serve`: policies side by side under the same load, through HTTP.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -26,7 +27,7 @@ struct ServeFlags {
   std::vector<std::string> kv_memory = {"default"};
   std::vector<std::string> workloads = {"osworld"};
   std::vector<int> concurrency = {1, 4, 16};
-  double seconds = 0;
+  std::vector<double> seconds;
   double warmup = 60;
   int64_t sessions = 0;
   BenchWorkloadOptions workload;
@@ -75,7 +76,7 @@ class ServeBench {
   Status Policy(const std::string& policy, const std::string& memory) {
     for (const auto& workload : workloads_) {
       std::vector<std::vector<int>> parts = {flags_.concurrency};
-      if (workload->sessions() > 0 && flags_.seconds == 0) {
+      if (workload->sessions() > 0 && flags_.seconds.empty()) {
         parts.clear();
         for (const int level : flags_.concurrency) parts.push_back({level});
       }
@@ -112,11 +113,7 @@ class ServeBench {
   Status Levels(const BenchEndpoint& endpoint, BenchPoint point, BenchWorkload* workload,
                 const std::vector<int>& levels) {
     ASSIGN_OR_RETURN(const std::string model, BenchModelName(endpoint));
-    const double seconds = flags_.seconds > 0 ? flags_.seconds
-                           : workload->sessions() > 0 || flags_.sessions > 0
-                               ? std::numeric_limits<double>::infinity()
-                               : kDefaultSeconds;
-    const bool timed = seconds < std::numeric_limits<double>::infinity();
+    const bool timed = !flags_.seconds.empty() || (workload->sessions() == 0 && flags_.sessions == 0);
     std::unique_ptr<BenchLoad> load;
     int64_t next_session = 0;
     int streams = 0;
@@ -132,7 +129,9 @@ class ServeBench {
       if (!timed) load->LimitSessions(sessions);
       load->Grow(level);
       if (timed) RETURN_IF_ERROR(load->WarmUp(flags_.warmup));
-      Result<BenchWindow> window = load->Measure(seconds, [&](const BenchWindow& w) { Progress(point, w); });
+      Result<BenchWindow> window =
+          load->Measure(timed ? SecondsOf(level) : std::numeric_limits<double>::infinity(),
+                        [&](const BenchWindow& w) { Progress(point, w); });
       ClearProgress();
       RETURN_IF_ERROR(window.ok() ? OkStatus() : window.status());
       RETURN_IF_ERROR(Keep(BenchRunJson(point, *window)));
@@ -176,6 +175,13 @@ class ServeBench {
     if (isatty(STDERR_FILENO) != 0) std::fputs("\r\x1b[K", stderr);
   }
 
+  // The time given for a level, the last one if there are fewer.
+  double SecondsOf(int level) const {
+    if (flags_.seconds.empty()) return kDefaultSeconds;
+    const auto at =
+        std::find(flags_.concurrency.begin(), flags_.concurrency.end(), level) - flags_.concurrency.begin();
+    return flags_.seconds[std::min(static_cast<size_t>(at), flags_.seconds.size() - 1)];
+  }
   bool OutOfTime() const {
     return flags_.time_limit > 0 &&
            std::chrono::duration<double>(Clock::now() - begin_).count() > flags_.time_limit;
@@ -217,9 +223,12 @@ Command AddBenchServe(CLI::App* bench) {
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command
-      ->add_option("--seconds", flags->seconds,
-                   "Time of each measurement (default: until all recorded sessions are done, else 30)")
-      ->check(CLI::Range(0.0, 86400.0));
+      ->add_option(
+          "--seconds", flags->seconds,
+          "Time of each measurement, or one for each of --concurrency (default: until all recorded sessions "
+          "are done, else 30)")
+      ->delimiter(',')
+      ->check(CLI::Range(0.1, 86400.0));
   command
       ->add_option("--warmup-seconds", flags->warmup,
                    "Before a timed measurement, wait for every stream's first token, at most so long")
