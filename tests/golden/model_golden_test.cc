@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -15,6 +16,9 @@
 #include "base/json.h"
 #include "model/model.h"
 #include "model/single_sequence.h"
+#ifdef TRIAXIAL_CUDA
+#include "ops/cuda/device.h"
+#endif
 
 namespace triaxial {
 namespace {
@@ -96,9 +100,10 @@ const std::vector<Golden>& Goldens() {
   return *goldens;
 }
 
-std::unique_ptr<Model> LoadModel(Precision precision, Codec codec = Codec::kRotated) {
+std::unique_ptr<Model> LoadModel(Precision precision, Codec codec = Codec::kRotated,
+                                 Device device = Device::kCpu) {
   Result<std::unique_ptr<Model>> model =
-      Model::Load(kModel, {.precision = precision, .dummy_weights = false, .codec = codec});
+      Model::Load(kModel, {.device = device, .precision = precision, .dummy_weights = false, .codec = codec});
   EXPECT_TRUE(model.ok()) << model.status().message();
   return model.ok() ? *std::move(model) : nullptr;
 }
@@ -277,21 +282,18 @@ TEST(ModelGolden, Bf16AgreesOnTheFirstChoice) {
   EXPECT_GE(static_cast<double>(d.first_choices_equal), 0.99 * static_cast<double>(d.positions));
 }
 
-// Mean square by which logits at all positions of a prompt differ from those of F32 attention if everything
-// older than 64 rows is read back at 2 bits.
-double TwoBitError(const Golden& golden, const KvCalibration& calibration) {
-  Result<std::unique_ptr<Model>> model =
-      Model::Load(kModel, {.precision = Precision::kF32, .calibration = calibration});
-  EXPECT_TRUE(model.ok()) << model.status().message();
-  const Prepared p = Prepare(golden, model->get());
+// Mean square by which logits at all positions of a prompt differ from those of a model that reads nothing
+// back, if everything older than `chunk` rows is read back in `format`.
+double QuantizationError(const Golden& golden, Model* model, Format format, int32_t chunk) {
+  const Prepared p = Prepare(golden, model);
   const std::vector<int32_t>& tokens = golden.ints("input_ids");
   const auto n = static_cast<int32_t>(tokens.size());
   std::vector<float> logits[2];
   for (const bool quantized : {false, true}) {
-    auto sequence = SingleSequence::Create(model->get(), Format::kK2V2, n);
+    auto sequence = SingleSequence::Create(model, format, n);
     EXPECT_TRUE(sequence.ok()) << sequence.status().message();
-    const Status status = (*sequence)->Append(tokens, p.positions.positions, p.images, quantized ? 64 : n, n,
-                                              &logits[quantized]);
+    const Status status = (*sequence)->Append(tokens, p.positions.positions, p.images, quantized ? chunk : n,
+                                              n, &logits[quantized]);
     EXPECT_TRUE(status.ok()) << status.message();
   }
   double sum = 0;
@@ -299,6 +301,14 @@ double TwoBitError(const Golden& golden, const KvCalibration& calibration) {
     sum += std::pow(double{logits[0][i]} - logits[1][i], 2);
   }
   return sum / static_cast<double>(logits[0].size());
+}
+
+// Of F32 at 2 bits.
+double TwoBitError(const Golden& golden, const KvCalibration& calibration) {
+  Result<std::unique_ptr<Model>> model =
+      Model::Load(kModel, {.precision = Precision::kF32, .calibration = calibration});
+  EXPECT_TRUE(model.ok()) << model.status().message();
+  return QuantizationError(golden, model->get(), Format::kK2V2, 64);
 }
 
 TEST(ModelGolden, CalibrationMakesTwoBitsBetter) {
@@ -316,6 +326,93 @@ TEST(ModelGolden, CalibrationMakesTwoBitsBetter) {
               without / 4);
   EXPECT_LT(with, 0.8 * without);
 }
+
+#ifdef TRIAXIAL_CUDA
+
+// On a machine with a GPU. Without one there is nothing to compare, unless it is said that there must be one.
+class GpuModelGolden : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    if (cuda::FindDevice(&why)) return;
+    if (std::getenv("TRIAXIAL_REQUIRE_GPU") != nullptr) FAIL() << why;
+    GTEST_SKIP() << why;
+  }
+  static std::unique_ptr<Model> Load(Codec codec = Codec::kRotated) {
+    return LoadModel(Precision::kBf16, codec, Device::kCuda);
+  }
+};
+
+// The tolerances of BF16; the CPU's tower in BF16 differs from the reference by as much.
+TEST_F(GpuModelGolden, VisionTower) {
+  const std::unique_ptr<Model> model = Load();
+  int images = 0;
+  for (const Golden& golden : Goldens()) {
+    if (golden.images.empty()) continue;
+    SCOPED_TRACE(golden.name);
+    const Prepared p = Prepare(golden, model.get());
+    ++images;
+    const VisualFeatures& features = p.features[0];
+    const size_t size = static_cast<size_t>(features.tokens) * 320;
+    std::vector<float> found(size * 3);
+    ASSERT_EQ(features.device_deepstack, 2);
+    ASSERT_EQ(
+        cudaMemcpy(found.data(), features.device.get(), found.size() * sizeof(float), cudaMemcpyDeviceToHost),
+        cudaSuccess);
+    const auto check = [&](const std::string& key, const float* values) {
+      const std::vector<float>& expected = golden.floats(key);
+      double error = 0, square = 0;
+      for (size_t i = 0; i < expected.size(); ++i) {
+        error += std::pow(double{expected[i]} - values[i], 2);
+        square += std::pow(double{expected[i]}, 2);
+      }
+      EXPECT_LT(std::sqrt(error / square), 2e-2) << key;
+    };
+    check("vision_merged_first", found.data());
+    check("deepstack_0_first8", found.data() + size);
+    check("deepstack_1_first8", found.data() + 2 * size);
+  }
+  EXPECT_EQ(images, 9);
+}
+
+TEST_F(GpuModelGolden, AgreesOnTheFirstChoice) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const int32_t chunk : {512, 100}) {
+      const Difference d = Compare(Load(codec).get(), chunk);
+      EXPECT_GE(static_cast<double>(d.first_choices_equal), 0.99 * static_cast<double>(d.positions));
+      std::printf("%d of 12 continuations equal\n", d.continuations_equal);
+      EXPECT_GE(d.continuations_equal, 11);
+    }
+  }
+}
+
+// What quantization costs is what it costs on the CPU: prompts in chunks (prefill over compressed blocks),
+// then token by token (decode over them).
+TEST_F(GpuModelGolden, QuantizationCostsWhatItCostsOnTheCpu) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    const std::unique_ptr<Model> cpu = LoadModel(Precision::kF32, codec), gpu = Load(codec);
+    for (const Golden& golden : Goldens()) {
+      if (golden.name != "many-00" && golden.name != "text-00") continue;
+      for (int f = 0; f < kFormats; ++f) {
+        const auto format = static_cast<Format>(f);
+        if (format == Format::kBf16) continue;
+        const double expected = QuantizationError(golden, cpu.get(), format, 64);
+        for (const int32_t chunk : {64, 1}) {
+          if (chunk == 1 && golden.name != "text-00") continue;
+          const double found = QuantizationError(golden, gpu.get(), format, chunk);
+          std::printf("%s, chunks of %d: mean square error %.4f on the CPU, %.4f on the GPU\n",
+                      std::string(Name(format)).c_str(), chunk, expected, found);
+          EXPECT_LT(found, 1.3 * expected + 0.02);
+          if (chunk == 64) {
+            EXPECT_GT(found, 0.7 * expected);
+          }
+        }
+      }
+    }
+  }
+}
+
+#endif  // TRIAXIAL_CUDA
 
 }  // namespace
 }  // namespace triaxial
