@@ -1,0 +1,502 @@
+// Decode attention: one query row a sequence over its cached blocks, up to 8 query heads of a KV head at a
+// time.
+//
+// Thread blocks of 8 warps, two on a multiprocessor, take items (attention_plan.h) from a queue. Within an
+// item every warp works alone on every eighth piece: it keeps three stages of shared memory filled by bulk
+// copies, multiplies (decode_tiles.cuh), and holds its own maximum, sum and output. The warps merge at the
+// end of the item; splits of a sequence merge through a workspace, done by whichever finishes last.
+#include <cfloat>
+
+#include "ops/cuda/decode_attention_sm90.h"
+#include "ops/cuda/decode_tiles.cuh"
+#include "ops/cuda/device.h"
+
+namespace triaxial::cuda {
+namespace {
+
+constexpr int kWarps = kDecodeWarps, kThreads = kWarps * 32, kStages = 3;
+
+// Shared memory: queries, constants, the queue's next item, then the stages; after the stages of an item, in
+// their place, what the warps merge.
+template <int kDim>
+struct SharedLayout {
+  static constexpr int kStageBytes = Piece<kDim, 2>::kBytes * 2;  // K and V of k2v2, or a side of the others
+  static_assert(Piece<kDim, 4>::kBytes <= kStageBytes && Piece<kDim, 8>::kBytes <= kStageBytes &&
+                Piece<kDim, 16>::kBytes <= kStageBytes);
+  static constexpr int kQueries = 0;
+  static constexpr int kConstants = kQueries + kDim * 16;  // 64 bytes of zeros, 64 bytes of FP16 ones
+  static constexpr int kNext = kConstants + 128;
+  static constexpr int kStageMemory = kNext + 128;
+  static constexpr int kBarriers =
+      kStageMemory + kWarps * kStages * kStageBytes;  // 16 bytes: mbarrier, token count
+  static constexpr int kBytes = kBarriers + kWarps * kStages * 16;
+  static constexpr int kRow = kDim + 4;  // floats of a merged head
+  static constexpr int kMergeOut = kStageMemory;
+  static constexpr int kMergeSums =
+      kMergeOut + kWarps * kItemHeads * kRow * 4;  // (maximum, sum) by warp and head
+  static_assert(kMergeSums + kWarps * kItemHeads * 8 <= kBarriers);
+};
+
+// 64 bits: address (54), capacity / 16 - 1 of BF16 (2), tokens (8).
+struct PieceAddress {
+  static constexpr int kCapacityBit = 54, kTokensBit = 56;
+  static constexpr uint64_t kAddressMask = (uint64_t{1} << kCapacityBit) - 1;
+};
+
+// Butterflies over a head that lies in the lanes of a warp, kPer channels each (lane * kPer + i): its
+// Walsh-Hadamard transform without the factor.
+template <int kPer>
+__device__ __forceinline__ void HadamardOfWarp(float (&x)[kPer]) {
+#pragma unroll
+  for (int d = 1; d < kPer; d *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if ((i & d) != 0) continue;
+      const float a = x[i], b = x[i + d];
+      x[i] = a + b, x[i + d] = a - b;
+    }
+  }
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const float sign = (threadIdx.x & d) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) x[i] = fmaf(sign, x[i], __shfl_xor_sync(~0u, x[i], d));
+  }
+}
+
+template <int kPer>
+struct Lanes {  // kPer consecutive floats of a head
+  float v[kPer];
+  __device__ __forceinline__ void Load(const float* p) {
+    if constexpr (kPer == 4) {
+      const float4 x = *reinterpret_cast<const float4*>(p);
+      v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else {
+      const float2 x = *reinterpret_cast<const float2*>(p);
+      v[0] = x.x, v[1] = x.y;
+    }
+  }
+  __device__ __forceinline__ void LoadGlobal(const float* p) {  // past L1: another thread block wrote it
+    if constexpr (kPer == 4) {
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(p));
+      v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else {
+      const float2 x = __ldcg(reinterpret_cast<const float2*>(p));
+      v[0] = x.x, v[1] = x.y;
+    }
+  }
+  __device__ __forceinline__ void LoadBf16(const uint16_t* p) {
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      const float2 x = UnpackBf16(*reinterpret_cast<const uint32_t*>(p + i));
+      v[i] = x.x, v[i + 1] = x.y;
+    }
+  }
+  __device__ __forceinline__ void StoreGlobal(float* p) const {
+    if constexpr (kPer == 4) {
+      __stcg(reinterpret_cast<float4*>(p), make_float4(v[0], v[1], v[2], v[3]));
+    } else {
+      __stcg(reinterpret_cast<float2*>(p), make_float2(v[0], v[1]));
+    }
+  }
+  __device__ __forceinline__ void Add(float factor, const Lanes& x) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) v[i] = fmaf(factor, x.v[i], v[i]);
+  }
+  // Rotated back and rounded, times `factor`.
+  __device__ __forceinline__ void StoreOutput(float factor, uint16_t* p) {
+    HadamardOfWarp(v);
+    factor *= kPer == 4 ? 0x1.6a09e6p-4f : 0.125f;  // 1 / sqrt(head_dim)
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      *reinterpret_cast<uint32_t*>(p + i) = PackBf16(v[i] * factor, v[i + 1] * factor);
+    }
+  }
+};
+
+// What one item asks for, in registers.
+struct Item {
+  int row, kv_head, first_head, heads, items, split, splits, slot, counter;
+};
+
+// Queries of the item's heads, as B fragments of two steps side by side; missing heads are zero.
+template <int kDim>
+__device__ __forceinline__ void QueriesToShared(const DecodeParams& p, const Item& item, uint32_t shared) {
+  const uint16_t* q = p.layer.q + item.row * p.layer.q_stride + item.first_head * kDim;
+  for (int x = threadIdx.x; x < kDim * 4; x += kThreads) {
+    const int word = x & 3, lane = x >> 2 & 31, pair = x >> 7;
+    const int channel = (2 * pair + (word >> 1)) * 16 + (word & 1) * 8 + (lane & 3) * 2, head = lane >> 2;
+    uint32_t value = 0;
+    if (head < item.heads) value = *reinterpret_cast<const uint32_t*>(q + head * kDim + channel);
+    StoreShared4(shared + x * 4, value);
+  }
+}
+
+// Writes the accumulators of a warp where MergeWarps reads them.
+template <int kDim>
+__device__ __forceinline__ void StoreForMerge(const Accumulator<kDim>& acc, uint8_t* shared, int warp) {
+  using L = SharedLayout<kDim>;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const float sum0 = __shfl_sync(~0u, acc.even[0], 16 + t), sum1 = __shfl_sync(~0u, acc.even[1], 16 + t);
+  auto* sums = reinterpret_cast<float2*>(shared + L::kMergeSums) + warp * kItemHeads;
+  if (g == 0) {
+    sums[2 * t] = make_float2(acc.max[0], sum0);
+    sums[2 * t + 1] = make_float2(acc.max[1], sum1);
+  }
+  float* out = reinterpret_cast<float*>(shared + L::kMergeOut) + (warp * kItemHeads + 2 * t) * L::kRow + g;
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    out[i * 16] = acc.out[i][0], out[i * 16 + L::kRow] = acc.out[i][1];
+    out[i * 16 + 8] = acc.out[i][2], out[i * 16 + 8 + L::kRow] = acc.out[i][3];
+  }
+}
+
+// 2^(part - whole); a part that saw no token counts nothing.
+__device__ __forceinline__ float Share(float part, float whole) {
+  return part == -INFINITY ? 0.0f : Exp2(part - whole);
+}
+
+// Merges the warps of an item, and the row's own key and value in split 0. A warp has a head at a time.
+template <int kDim>
+__device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& item, uint8_t* shared) {
+  using L = SharedLayout<kDim>;
+  constexpr int kPer = kDim / 32;
+  const int lane = threadIdx.x & 31, channel = lane * kPer;
+  for (int head = threadIdx.x / 32; head < item.heads; head += kWarps) {
+    const auto* sums = reinterpret_cast<const float2*>(shared + L::kMergeSums) + head;
+    const auto* outs = reinterpret_cast<const float*>(shared + L::kMergeOut) + head * L::kRow + channel;
+    const int64_t at = int64_t{item.row} * p.num_heads + item.first_head + head;
+    float max = -INFINITY, own = -INFINITY;
+    if (item.split == 0) {
+      Lanes<kPer> q, k;
+      q.LoadBf16(p.layer.q + item.row * p.layer.q_stride + (item.first_head + head) * kDim + channel);
+      k.LoadBf16(p.layer.k + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
+      own = 0;
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) own = fmaf(q.v[i], k.v[i], own);
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) own += __shfl_xor_sync(~0u, own, d);
+      own *= p.scale_log2;
+      max = own;
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) max = fmaxf(max, sums[w * kItemHeads].x);
+    float sum = 0;
+    Lanes<kPer> out = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 part = sums[w * kItemHeads];
+      // Sums and outputs of the warps carry 2^kMaxBias.
+      const float share = Share(part.x, max) * (1.0f / 4);
+      Lanes<kPer> x;
+      x.Load(outs + w * kItemHeads * L::kRow);
+      out.Add(share, x);
+      sum = fmaf(share, part.y, sum);
+    }
+    if (item.split == 0) {
+      Lanes<kPer> v;
+      v.LoadBf16(p.layer.v + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
+      const float share = Share(own, max);
+      out.Add(share, v);
+      sum += share;
+    }
+    if (item.splits == 1) {
+      out.StoreOutput(1.0f / sum, p.layer.out + at * kDim + channel);
+    } else {
+      const int slot = item.slot + item.split;
+      out.StoreGlobal(p.partial_out + (int64_t{slot} * kItemHeads + head) * kDim + channel);
+      if (lane == 0) __stcg(p.partial_sums + slot * kItemHeads + head, make_float2(max, sum));
+    }
+  }
+}
+
+// The last of a row's splits merges them all.
+template <int kDim>
+__device__ __forceinline__ void MergeSplits(const DecodeParams& p, const Item& item, uint8_t* shared) {
+  using L = SharedLayout<kDim>;
+  constexpr int kPer = kDim / 32;
+  const int lane = threadIdx.x & 31, channel = lane * kPer;
+  __threadfence();
+  __syncthreads();
+  auto* last = reinterpret_cast<int*>(shared + L::kNext + 4);
+  if (threadIdx.x == 0) {
+    int* counter = p.counters + 1 + item.counter;
+    *last = atomicAdd(counter, 1) == item.splits - 1;
+    if (*last) *counter = 0;
+  }
+  __syncthreads();
+  if (!*last) return;
+  __threadfence();
+  for (int head = threadIdx.x / 32; head < item.heads; head += kWarps) {
+    // Up to 64 splits: two a lane.
+    const float2* sums = p.partial_sums + item.slot * kItemHeads + head;
+    float2 part[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int split = lane + 32 * i;
+      part[i] = split < item.splits ? __ldcg(sums + split * kItemHeads) : make_float2(-INFINITY, 0);
+    }
+    float max = fmaxf(part[0].x, part[1].x);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
+    const float share[2] = {Share(part[0].x, max), Share(part[1].x, max)};
+    float sum = share[0] * part[0].y + share[1] * part[1].y;
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    Lanes<kPer> out = {};
+    const float* outs = p.partial_out + (int64_t{item.slot} * kItemHeads + head) * kDim + channel;
+#pragma unroll 8
+    for (int split = 0; split < item.splits; ++split) {
+      Lanes<kPer> x;
+      x.LoadGlobal(outs + int64_t{split} * kItemHeads * kDim);
+      out.Add(__shfl_sync(~0u, split < 32 ? share[0] : share[1], split & 31), x);
+    }
+    const int64_t at = int64_t{item.row} * p.num_heads + item.first_head + head;
+    out.StoreOutput(1.0f / sum, p.layer.out + at * kDim + channel);
+  }
+}
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
+    DecodeKernel(const __grid_constant__ DecodeParams p) {
+  using L = SharedLayout<kDim>;
+  using Side2 = Piece<kDim, 2>;
+  using Side4 = Piece<kDim, 4>;
+  using Side8 = Piece<kDim, 8>;
+  using Side16 = Piece<kDim, 16>;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t base = SharedAddress(shared);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // so it is known to be uniform
+  const int lane = threadIdx.x & 31;
+  const uint32_t stages = base + L::kStageMemory + warp * kStages * L::kStageBytes;
+  const uint32_t barriers = base + L::kBarriers + warp * kStages * 16;
+  const uint32_t constants = base + L::kConstants + (lane >> 2 == 4 ? 64 : 0) + (lane & 3) * 16;
+
+  LaunchDependents();
+  if (lane == 0) {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) BarrierInit(barriers + s * 16, 1);
+    FenceBarrierInit();
+    FenceProxyAsync();
+  }
+  if (threadIdx.x < 32)
+    StoreShared4(base + L::kConstants + threadIdx.x * 4, threadIdx.x & 16 ? 0x3c003c00u : 0u);
+  __syncwarp();
+
+  int stage = 0;        // of the ring: the next to be read
+  uint32_t parity = 0;  // of its barrier
+  bool first_item = true;
+#pragma unroll 1
+  for (int index = static_cast<int>(blockIdx.x);;) {
+    const auto* words = reinterpret_cast<const int4*>(p.items + index);
+    const int4 a = words[0], b = words[1], c = words[2];
+    if (a.z == 0) {
+      if (first_item) WaitForPrevious();  // so that this kernel does not end before the previous one
+      return;
+    }
+    const int end2 = b.y, end42 = b.z, end4 = b.w, end8 = c.x, end16 = c.y;
+    const uint2* table = reinterpret_cast<const uint2*>(p.table) + b.x;
+    const int kv_head = static_cast<int16_t>(a.y);
+
+    // Pieces warp, warp + 8, ... are this warp's; ends of the formats among those.
+    const auto mine = [&](int end) { return end > warp ? (end - warp + kWarps - 1) / kWarps : 0; };
+    const int my2 = mine(end2), my42 = mine(end42), my4 = mine(end4), my8 = mine(end8), my_end = mine(end16);
+
+    // Each lane knows where one of the next 32 pieces lies.
+    uint64_t address = 0;
+    int address_base = 0;
+    const auto load_addresses = [&](int first) {
+      const int k = first + lane, piece = warp + kWarps * k;
+      address = 0;
+      if (k >= my_end) return;
+      int block = piece, part = 0;
+      if (piece >= end8) {
+        block = end4 + (end8 - end4) / 2 + (piece - end8) / 4, part = (piece - end8) % 4;
+      } else if (piece >= end4) {
+        block = end4 + (piece - end4) / 2, part = (piece - end4) % 2;
+      }
+      const uint2 ref = __ldg(table + block);  // unit_row; tokens, format, capacity
+      int tokens = ref.y & 0xff;
+      const int capacity = ref.y >> 16 & 0xff;
+      int head_bytes = Side2::kBytes * 2, offset = 0;
+      if (k >= my8) {
+        head_bytes = capacity * kDim * 4, offset = part * Side16::kBytes;
+        tokens = min(max(tokens - part * Side16::kTokens, 0), Side16::kTokens);
+      } else if (k >= my4) {
+        head_bytes = Side8::kBytes * 4, offset = part * Side8::kBytes;
+        tokens = min(max(tokens - part * Side8::kTokens, 0), Side8::kTokens);
+      } else if (k >= my42) {
+        head_bytes = Side4::kBytes * 2;
+      } else if (k >= my2) {
+        head_bytes = Side4::kBytes + Side2::kBytes;
+      }
+      address = reinterpret_cast<uint64_t>(p.layer.arena) +
+                static_cast<uint64_t>(ref.x) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
+                static_cast<uint32_t>(kv_head * head_bytes + offset);
+      address |= static_cast<uint64_t>((capacity - 1) / 16) << PieceAddress::kCapacityBit |
+                 static_cast<uint64_t>(tokens) << PieceAddress::kTokensBit;
+    };
+    load_addresses(0);
+
+    // Fills a stage: stage number `number` of the item is a whole piece of k2v2, or one side of another.
+    const auto issue = [&](int number, int slot) {
+      const int after = number - my2, k = after < 0 ? number : my2 + (after >> 1);
+      if (k >= my_end) return;
+      if (k - address_base >= 32) {
+        address_base = k;
+        load_addresses(k);
+      }
+      uint64_t from = __shfl_sync(~0u, address, k - address_base);
+      if (lane != 0) return;
+      const auto tokens = static_cast<uint32_t>(from >> PieceAddress::kTokensBit);
+      const auto capacity = static_cast<uint32_t>(from >> PieceAddress::kCapacityBit & 3) * 16 + 16;
+      from &= PieceAddress::kAddressMask;
+      uint32_t bytes = Side2::kBytes * 2;
+      if (after >= 0) {
+        const bool is_v = after & 1;
+        uint32_t v_offset = Side4::kBytes;
+        if (k >= my8) {
+          bytes = Side16::kBytes, v_offset = capacity * (kDim * 2);
+        } else if (k >= my4) {
+          bytes = Side8::kBytes, v_offset = Side8::kBytes * 2;
+        } else {
+          bytes = is_v && k < my42 ? Side2::kBytes : Side4::kBytes;
+        }
+        if (is_v) from += v_offset;
+      }
+      const uint32_t barrier = barriers + slot * 16;
+      StoreShared4(barrier + 8, tokens);
+      if (tokens == 0) {
+        BarrierArrive(barrier);
+      } else {
+        BarrierExpect(barrier, bytes);
+        BulkLoad(stages + slot * L::kStageBytes, reinterpret_cast<const void*>(from), bytes, barrier);
+      }
+    };
+    int slot = stage;
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      issue(s, slot);
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+    }
+
+    // Blocks of the cache are older than the previous kernel; queries and what is written here are not.
+    if (first_item) WaitForPrevious();
+    first_item = false;
+    Item item = {.row = a.x, .kv_head = kv_head, .first_head = a.y >> 16, .heads = a.z};
+    QueriesToShared<kDim>(p, item, base + L::kQueries);
+    __syncthreads();
+
+    Accumulator<kDim> acc;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) acc.out[i][0] = acc.out[i][1] = acc.out[i][2] = acc.out[i][3] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc.even[i] = acc.odd[i] = 0;
+    acc.max[0] = acc.max[1] = -INFINITY;
+    Queries<kDim> q;
+    int k = 0, issued = kStages;
+    const auto wait = [&] {
+      BarrierWait(barriers + stage * 16, parity);
+      return stages + stage * L::kStageBytes;
+    };
+    const auto release = [&] {
+      __syncwarp();
+      issue(issued++, stage);
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    };
+    const auto tokens = [&] { return static_cast<int>(LoadShared4(barriers + stage * 16 + 8)); };
+    // Pieces whose sides come in two stages.
+    const auto work = [&]<class K, class V>(int end) {
+#pragma unroll 1
+      for (; k < end; ++k) {
+        uint32_t scores[K::kScores][2];
+        const uint32_t keys = wait();
+        const int count = tokens();
+        if (K::kCodes || count > 0) Scores<K>(keys, q, count, p.scale_log2, acc, scores);
+        release();
+        const uint32_t values = wait();
+        if (K::kCodes || count > 0) Values<V>(values, constants, scores, acc);
+        release();
+        if constexpr (V::kCodes) SettleValues<V>(k, acc);
+      }
+    };
+    if (my2 > 0) {
+      LoadQueries<Side2>(base + L::kQueries, p.scale_log2, q);
+#pragma unroll 1
+      for (; k < my2; ++k) {
+        uint32_t scores[Side2::kScores][2];
+        const uint32_t piece = wait();
+        Scores<Side2>(piece, q, tokens(), p.scale_log2, acc, scores);
+        Values<Side2>(piece + Side2::kBytes, constants, scores, acc);
+        release();
+        SettleValues<Side2>(k, acc);
+      }
+    }
+    if (my4 > k) LoadQueries<Side4>(base + L::kQueries, p.scale_log2, q);
+    work.template operator()<Side4, Side2>(my42);
+    if (k > 0) FinishValues<Side2>(acc);
+    if (my4 > k) {
+      BeginValues<Side4>(acc);
+      work.template operator()<Side4, Side4>(my4);
+      FinishValues<Side4>(acc);
+    }
+    if (my8 > k) {
+      LoadQueries<Side8>(base + L::kQueries, p.scale_log2, q);
+      BeginValues<Side8>(acc);
+      work.template operator()<Side8, Side8>(my8);
+      FinishValues<Side8>(acc);
+    }
+    if (my_end > k) {
+      LoadQueries<Side16>(base + L::kQueries, p.scale_log2, q);
+      work.template operator()<Side16, Side16>(my_end);
+    }
+
+    int taken = 0;
+    if (threadIdx.x == 0) taken = atomicAdd(p.counters, 1);
+    __syncthreads();  // nobody reads the stages any more
+    StoreForMerge<kDim>(acc, shared, warp);
+    __syncthreads();
+    const int4 d = words[2], e = words[3];
+    item.items = words[0].w, item.split = d.z, item.splits = d.w, item.slot = e.x, item.counter = e.y;
+    if (threadIdx.x == 0) {
+      if (taken == item.items - 1) *p.counters = 0;
+      StoreShared4(base + L::kNext, static_cast<uint32_t>(taken) + gridDim.x);
+    }
+    MergeWarps<kDim>(p, item, shared);
+    if (item.splits > 1) MergeSplits<kDim>(p, item, shared);
+    FenceProxyAsync();  // the next copies go where the warps have merged
+    __syncthreads();
+    index = static_cast<int>(LoadShared4(base + L::kNext));
+  }
+}
+
+template <int kDim>
+void Launch(const DecodeParams& params, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = SharedLayout<kDim>::kBytes;
+  static const bool configured = [] {
+    CUDA_OK(cudaFuncSetAttribute(DecodeKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    return true;
+  }();
+  static_cast<void>(configured);
+  cudaLaunchConfig_t config = {.gridDim = dim3(static_cast<unsigned>(blocks)),
+                               .blockDim = dim3(kThreads),
+                               .dynamicSmemBytes = kBytes,
+                               .stream = stream};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (params.layer.overlap) config.attrs = &attribute, config.numAttrs = 1;
+  CUDA_OK(cudaLaunchKernelEx(&config, DecodeKernel<kDim>, params));
+}
+
+}  // namespace
+
+void LaunchDecodeSm90(const DecodeParams& params, int head_dim, int blocks, cudaStream_t stream) {
+  if (head_dim == 128) {
+    Launch<128>(params, blocks, stream);
+  } else {
+    Launch<64>(params, blocks, stream);
+  }
+}
+
+}  // namespace triaxial::cuda

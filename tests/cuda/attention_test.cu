@@ -1,0 +1,151 @@
+// Attention on the device against a reference in float64 over the same cache: sizes, formats, groups, ragged
+// batches, CUDA graphs. Inputs are fresh in every case.
+#include <numeric>
+
+#include "attention_testing.cuh"
+#include "gpu_test.h"
+
+namespace triaxial::cuda {
+namespace {
+
+constexpr double kTolerance = 2e-3;
+constexpr int kProbes = 512;
+
+uint32_t NextSeed() {
+  static uint32_t seed = std::random_device{}();
+  return Mix(++seed);
+}
+
+KvGeometry Geometry(int head_dim, int num_kv_heads, Codec codec = Codec::kRotated) {
+  return {.num_layers = 1, .num_kv_heads = num_kv_heads, .head_dim = head_dim, .codec = codec};
+}
+
+const std::vector<double> kEven(std::size(kAllFormats), 1.0);
+
+// Runs the step twice (what a launch leaves behind must not harm the next) and compares.
+void Check(const char* what, const KvGeometry& geometry, int num_heads, std::vector<SequenceSpec> specs,
+           float query_scale = 1.0f, double worst_tolerance = 2 * kTolerance) {
+  const uint32_t seed = NextSeed();
+  RandomStep step(geometry, num_heads, std::move(specs), seed, query_scale);
+  Attention attention(geometry, num_heads, step.limits());
+  attention.Plan(step.sequences(), nullptr);
+  for (int run = 0; run < 2; ++run) {
+    step.PoisonOutput();
+    if (attention.has_decode()) attention.RunDecode(step.layer(), nullptr);
+
+    CUDA_OK(cudaDeviceSynchronize());
+    const RandomStep::Error error = step.Compare(kProbes, seed);
+    EXPECT(error.all <= kTolerance && error.worst <= worst_tolerance,
+           "%s, run %d, seed %u: error %.2e, worst head %.2e", what, run, seed, error.all, error.worst);
+    if (run == 0) std::printf("  %-40s error %.2e, worst head %.2e\n", what, error.all, error.worst);
+  }
+}
+
+CASE(DecodeEachFormat) {
+  std::mt19937 random(NextSeed());
+  for (const int dim : {128, 64}) {
+    for (size_t f = 0; f < std::size(kAllFormats); ++f) {
+      std::vector<double> weights(std::size(kAllFormats), 0.0);
+      weights[f] = 1;
+      for (const int tokens : {64, 1024, 5000}) {
+        const std::string what = std::string(Name(kAllFormats[f])) + ", head_dim " + std::to_string(dim) +
+                                 ", " + std::to_string(tokens) + " tokens";
+        Check(what.c_str(), Geometry(dim, 8), 64, {RandomSequence(tokens, weights, random)});
+      }
+    }
+  }
+}
+
+CASE(DecodeOneToken) {
+  // Nothing in the cache: the row attends to itself.
+  Check("empty cache", Geometry(128, 8), 64, {{.rows = 1}});
+  std::mt19937 random(NextSeed());
+  for (const int tokens : {1, 2, 15, 16, 17, 33, 63}) {
+    Check(("tail of " + std::to_string(tokens)).c_str(), Geometry(128, 8), 64,
+          {RandomSequence(tokens, kEven, random)});
+  }
+}
+
+CASE(DecodeMixedRagged) {
+  std::mt19937 random(NextSeed());
+  for (const int sequences : {1, 3, 17, 64, 256}) {
+    std::vector<SequenceSpec> specs;
+    for (int s = 0; s < sequences; ++s) {
+      const int64_t tokens = static_cast<int64_t>(std::exp(std::uniform_real_distribution(0.0, 9.0)(random)));
+      specs.push_back(RandomSequence(tokens, kEven, random));
+    }
+    Check((std::to_string(sequences) + " ragged sequences").c_str(), Geometry(128, 8), 64, specs);
+  }
+}
+
+CASE(DecodeLong) {
+  std::mt19937 random(NextSeed());
+  Check("131071 tokens", Geometry(128, 8), 64, {RandomSequence(131071, kEven, random)});
+  Check("131071 and 1 tokens", Geometry(128, 4), 16,
+        {RandomSequence(131071, kEven, random), RandomSequence(1, kEven, random)});
+}
+
+CASE(DecodeGroups) {
+  std::mt19937 random(NextSeed());
+  for (const int dim : {128, 64}) {
+    for (const int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+      for (const int kv_heads : {1, 2, 8}) {
+        const std::string what = "group " + std::to_string(group) + ", " + std::to_string(kv_heads) +
+                                 " KV heads, head_dim " + std::to_string(dim);
+        Check(what.c_str(), Geometry(dim, kv_heads), kv_heads * group,
+              {RandomSequence(900, kEven, random), RandomSequence(77, kEven, random)});
+      }
+    }
+  }
+}
+
+CASE(DecodeLoudQueries) {
+  // Peaked attention, whose maximum is found late: it rises many times. Where two tokens compete, the
+  // rounding of the queries to FP16 shows.
+  std::mt19937 random(NextSeed());
+  for (const float scale : {0.01f, 4.0f, 16.0f}) {
+    Check(("queries times " + std::to_string(scale)).c_str(), Geometry(128, 8), 64,
+          {RandomSequence(3000, kEven, random), RandomSequence(200, kEven, random)}, scale, 1e-2);
+  }
+}
+
+// A graph that was captured once is replayed after other plans.
+CASE(DecodeInGraph) {
+  std::mt19937 random(NextSeed());
+  const KvGeometry geometry = Geometry(128, 8);
+  std::vector<SequenceSpec> specs;
+  for (int s = 0; s < 6; ++s) specs.push_back(RandomSequence(1 + random() % 3000, kEven, random));
+  RandomStep step(geometry, 64, specs, NextSeed());
+  Attention attention(geometry, 64, step.limits());
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  LayerAttention layer = step.layer();
+  for (const bool overlap : {false, true}) {
+    layer.overlap = overlap;
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    attention.RunDecode(layer, stream);
+    attention.RunDecode(layer, stream);
+    CUDA_OK(cudaStreamEndCapture(stream, &graph));
+    CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+    for (const size_t count : {6, 2, 6}) {
+      // With fewer sequences, the rows of the others keep what they had: the result of the step before.
+      if (count == 6) step.PoisonOutput();
+      CUDA_OK(cudaDeviceSynchronize());
+      attention.Plan(std::span(step.sequences()).first(count), stream);
+      CUDA_OK(cudaGraphLaunch(executable, stream));
+      CUDA_OK(cudaStreamSynchronize(stream));
+      const RandomStep::Error error = step.Compare(kProbes, NextSeed());
+      EXPECT(error.all <= kTolerance, "overlap %d, %zu sequences: error %.2e", overlap, count, error.all);
+    }
+    CUDA_OK(cudaGraphExecDestroy(executable));
+    CUDA_OK(cudaGraphDestroy(graph));
+  }
+  CUDA_OK(cudaStreamDestroy(stream));
+}
+
+}  // namespace
+}  // namespace triaxial::cuda
+
+int main(int argc, char** argv) { return triaxial::cuda::RunGpuCases(argc, argv); }
