@@ -69,8 +69,9 @@ class Model {
   // Runs one step: reads and writes the cache in `memory` (of AllocateKv) as the batch says, and leaves
   // logits [batch.logits_rows.size()][vocab_size] F32 in `logits`. Token ids must be in range (CHECK).
   virtual void Forward(const Batch& batch, KvMemory* memory, float* logits) = 0;
+  virtual bool on_gpu() const { return false; }
   // Whether the model chooses tokens itself (where logits would have far to go); then the next may be called.
-  virtual bool samples() const { return false; }
+  bool samples() const { return on_gpu(); }
   // Forward, and tokens[i] by draws[i] from the logits of batch.logits_rows[i] (ops/token_draw.h); -1 if they
   // have none above minus infinity. Leaves the logits of row i in logits + i * vocab_size if draws[i].logits.
   virtual void ForwardAndSample(const Batch& batch, KvMemory* memory, std::span<const TokenDraw> draws,

@@ -54,7 +54,7 @@ class CudaModel : public Model {
   void Forward(const Batch& batch, KvMemory* memory, float* logits) override {
     decoder_->Forward(batch, static_cast<const CudaKvMemory&>(*memory), {}, nullptr, logits);
   }
-  bool samples() const override { return true; }
+  bool on_gpu() const override { return true; }
   void ForwardAndSample(const Batch& batch, KvMemory* memory, std::span<const TokenDraw> draws,
                         int32_t* tokens, float* logits) override {
     CHECK(draws.size() == batch.logits_rows.size());

@@ -2,6 +2,7 @@
 
 #include "ops/cuda/device.h"
 #include "ops/cuda/elementwise.h"
+#include "ops/cuda/launch.cuh"
 #include "ops/cuda/numbers.cuh"
 
 namespace triaxial::cuda {
@@ -22,24 +23,34 @@ __global__ void EmbedKernel(const int32_t* tokens, const uint16_t* table, int64_
   }
 }
 
-// One block a row. A row is read once: its values wait in registers between the sum and the product.
+// One block a row. A row is read once: its values wait in registers between the sum and the product. So do
+// the weights, which a step's own weights have driven out of the L2 cache: they are on their way before the
+// row is complete.
 template <int kVectors>
 __global__ void __launch_bounds__(kThreads)
     RmsNormKernel(const float* x, const int32_t* source, const float* weight, float eps, int width,
                   uint16_t* out) {
   __shared__ float scratch[32];
   const int64_t row = blockIdx.x;
-  const auto* in = reinterpret_cast<const float4*>(x + (source == nullptr ? row : source[row]) * width);
   const auto* scale = reinterpret_cast<const float4*>(weight);
-  auto* to = reinterpret_cast<uint2*>(out + row * width);
   const int vectors = width / 4;
-  float4 values[kVectors];
-  float sum = 0;
+  float4 values[kVectors], weights[kVectors];
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int i = static_cast<int>(threadIdx.x) + j * kThreads;
-    if (i >= vectors) break;
-    values[j] = in[i];
+    if (i < vectors) weights[j] = scale[i];
+  }
+  WaitForEarlier();
+  const auto* in = reinterpret_cast<const float4*>(x + (source == nullptr ? row : source[row]) * width);
+  auto* to = reinterpret_cast<uint2*>(out + row * width);
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kThreads;
+    values[j] = i < vectors ? in[i] : float4{0, 0, 0, 0};
+  }
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
     const float4 v = values[j];
     sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
   }
@@ -48,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int j = 0; j < kVectors; ++j) {
     const int i = static_cast<int>(threadIdx.x) + j * kThreads;
     if (i >= vectors) break;
-    const float4 v = values[j], w = scale[i];
+    const float4 v = values[j], w = weights[j];
     to[i] = {ToBf16Pair(v.x * factor * w.x, v.y * factor * w.y),
              ToBf16Pair(v.z * factor * w.z, v.w * factor * w.w)};
   }
@@ -75,9 +86,10 @@ __device__ float SiluTimes(float gate, float up) { return gate / (1.0f + expf(-g
 
 __global__ void SwiGluKernel(const uint16_t* gate_up, int64_t pairs, int64_t width, uint16_t* out) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;  // four values of a row
-  if (i >= pairs) return;
   const int64_t per_row = width / 4;
   const int64_t row = i / per_row, column = i % per_row;
+  WaitForEarlier();
+  if (i >= pairs) return;
   const auto* gates = reinterpret_cast<const uint2*>(gate_up + row * 2 * width);
   const uint2 g = gates[column], u = gates[per_row + column];
   const float2 g0 = FromBf16Pair(g.x), g1 = FromBf16Pair(g.y), u0 = FromBf16Pair(u.x), u1 = FromBf16Pair(u.y);
@@ -145,15 +157,14 @@ void RmsNorm(const float* x, const int32_t* source, const float* weight, float e
   const int n = static_cast<int>(width);
   const int64_t vectors = (width / 4 + kThreads - 1) / kThreads;
   if (vectors <= 2) {
-    RmsNormKernel<2><<<blocks, kThreads, 0, stream>>>(x, source, weight, eps, n, out);
+    LaunchEarly(RmsNormKernel<2>, blocks, kThreads, stream, x, source, weight, eps, n, out);
   } else if (vectors <= 5) {
-    RmsNormKernel<5><<<blocks, kThreads, 0, stream>>>(x, source, weight, eps, n, out);
+    LaunchEarly(RmsNormKernel<5>, blocks, kThreads, stream, x, source, weight, eps, n, out);
   } else if (vectors <= 16) {
-    RmsNormKernel<16><<<blocks, kThreads, 0, stream>>>(x, source, weight, eps, n, out);
+    LaunchEarly(RmsNormKernel<16>, blocks, kThreads, stream, x, source, weight, eps, n, out);
   } else {
     throw CudaError("a hidden size of more than 16384 has no RMSNorm kernel");
   }
-  CUDA_OK(cudaGetLastError());
 }
 
 void LayerNorm(const float* x, const float* weight, const float* bias, float eps, int64_t rows, int64_t width,
@@ -165,8 +176,7 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
 
 void SwiGlu(const uint16_t* gate_up, int64_t rows, int64_t width, uint16_t* out, cudaStream_t stream) {
   const int64_t quads = rows * width / 4;
-  SwiGluKernel<<<Blocks(quads), kThreads, 0, stream>>>(gate_up, quads, width, out);
-  CUDA_OK(cudaGetLastError());
+  LaunchEarly(SwiGluKernel, Blocks(quads), kThreads, stream, gate_up, quads, width, out);
 }
 
 void GeluErf(uint16_t* x, int64_t n, cudaStream_t stream) {

@@ -8,6 +8,7 @@
 #include "ops/cuda/device.h"
 #include "ops/cuda/element_at.h"
 #include "ops/cuda/kv_store.h"
+#include "ops/cuda/launch.cuh"
 #include "ops/cuda/numbers.cuh"
 
 // The codec is specified bit for bit: every product and sum that reaches a code or its metadata is one
@@ -313,30 +314,46 @@ __global__ void __launch_bounds__(kThreads) FinishQkvKernel(FinishQkvArgs args, 
   const int kv_heads = args.geometry.num_kv_heads;
   const int heads = args.num_heads + 2 * kv_heads;
   const int64_t vector = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
-  if (vector >= args.rows * heads) return;
-  const int64_t row = vector / heads;
+  const bool exists = vector < args.rows * heads;
+  const int64_t row = exists ? vector / heads : 0;
   const int head = static_cast<int>(vector % heads);
   const bool is_query = head < args.num_heads;
   const bool is_value = head >= args.num_heads + kv_heads;
 
+  // What does not depend on the product is read while that still runs.
+  float weight[kPer] = {}, cos[kPer] = {}, sin[kPer] = {};
+  if (!is_value) {
+    const float* norm = (is_query ? args.q_norm : args.k_norm) + lane * kPer;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) weight[i] = norm[i];
+  }
+  LetNextBegin();
+  WaitForEarlier();
+  if (!exists) return;
   float x[kPer];
   const float* in = args.qkv + vector * kDim + lane * kPer;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) x[i] = in[i];
+  RowPlace place;
+  if (!is_query && args.places != nullptr) place = args.places[row];
   if (!is_value) {
+    const int64_t angle = row * (kDim / 2) + lane % 16 * kPer;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      cos[i] = args.cos[angle + i];
+      sin[i] = args.sin[angle + i];
+    }
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) sum += x[i] * x[i];
     const float factor = 1.0f / sqrtf(WarpSum(sum) / kDim + args.eps);
-    const float* weight = (is_query ? args.q_norm : args.k_norm) + lane * kPer;
-    const int64_t angle = row * (kDim / 2) + lane % 16 * kPer;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) x[i] = x[i] * factor * weight[i];
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       const float partner = __shfl_xor_sync(~0u, x[i], 16);
-      const float turned = partner * args.sin[angle + i];
-      x[i] = x[i] * args.cos[angle + i] + (lane < 16 ? -turned : turned);
+      const float turned = partner * sin[i];
+      x[i] = x[i] * cos[i] + (lane < 16 ? -turned : turned);
     }
   }
   if (args.geometry.codec == Codec::kRotated) {
@@ -371,8 +388,6 @@ __global__ void __launch_bounds__(kThreads) FinishQkvKernel(FinishQkvArgs args, 
     out[i] = static_cast<uint32_t>(rounded[2 * i]) | static_cast<uint32_t>(rounded[2 * i + 1]) << 16;
   }
 
-  if (is_query || args.places == nullptr) return;
-  const RowPlace place = args.places[row];
   if (place.unit_row == RowPlace::kNone) return;
   const Side side = is_value ? Side::kV : Side::kK;
   const int kv_head = head - args.num_heads - (is_value ? kv_heads : 0);
@@ -401,12 +416,8 @@ void FinishQkv(const FinishQkvArgs& args, cudaStream_t stream) {
   const Cache cache = CacheOf(args.geometry, {}, {args.arena_layer, 0, 1});
   const int64_t vectors = args.rows * (args.num_heads + 2 * args.geometry.num_kv_heads);
   const auto blocks = static_cast<unsigned>((vectors + kThreads / 32 - 1) / (kThreads / 32));
-  if (args.geometry.head_dim == 128) {
-    FinishQkvKernel<128><<<blocks, kThreads, 0, stream>>>(args, cache);
-  } else {
-    FinishQkvKernel<64><<<blocks, kThreads, 0, stream>>>(args, cache);
-  }
-  CUDA_OK(cudaGetLastError());
+  LaunchEarly(args.geometry.head_dim == 128 ? FinishQkvKernel<128> : FinishQkvKernel<64>, blocks, kThreads,
+              stream, args, cache);
 }
 
 void StoreKv(const KvGeometry& g, const ClipRatios& clip, const CacheRegion& region, const uint16_t* k,

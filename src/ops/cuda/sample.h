@@ -12,10 +12,10 @@
 
 namespace triaxial::cuda {
 
-// tokens[r] = the token of logits[r], or -1 if no logit is above minus infinity. Kept tokens are walked in
-// the order of their ids; the draw takes the first at which the sum of weights passes draws[r].uniform of the
-// whole. All pointers are of the device; logits: [rows][vocab] F32. Rows are independent: a row's token does
-// not depend on the others.
+// tokens[r] = the token of logits[r], or -1 if no logit is above minus infinity. The tokens that the rules
+// keep are walked best first if they are few, else in the order of their ids; the draw takes the first at
+// which the sum of weights passes draws[r].uniform of the whole. The same logits and draw give the same
+// token. All pointers are of the device; logits: [rows][vocab] F32.
 void SampleTokens(const float* logits, int64_t rows, int vocab, const TokenDraw* draws, int32_t* tokens,
                   cudaStream_t stream);
 
