@@ -9,6 +9,7 @@
 #include "apps/bench_machine.h"
 #include "apps/terminal.h"
 #include "base/file.h"
+#include "base/json.h"
 #include "base/parallel.h"
 
 namespace triaxial {
@@ -31,13 +32,29 @@ struct KernelFlags {
 
 Result<std::unique_ptr<KernelBench>> MakeBench(const KernelFlags& flags) {
   SetComputeThreads(flags.threads);
+#ifdef TRIAXIAL_CUDA
+  if (flags.device != "cpu") {
+    Result<std::unique_ptr<KernelBench>> cuda = CudaKernelBench();
+    if (cuda.ok() || flags.device == "cuda") return cuda;
+  }
+#else
   if (flags.device == "cuda") {
     return InvalidArgument(
         "this binary was built without CUDA; build the preset cuda on a machine with the CUDA toolkit, or "
         "give "
         "--device cpu");
   }
+#endif
   return CpuKernelBench();
+}
+
+// A GPU that fails says so by an exception.
+Status Guarded(const std::function<Status()>& run) {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    return Internal(std::string("the device failed: ") + error.what());
+  }
 }
 
 // What all three commands do around their measurements.
@@ -67,13 +84,13 @@ class KernelReport {
     const std::vector<KernelResources> resources = bench_->Resources();
     if (!resources.empty()) {
       std::puts("");
-      Table table({"kernel", "registers", "spilled bytes", "shared bytes"}, {false, true, true, true});
+      Table table({"kernel", "registers", "local bytes", "shared bytes"}, {false, true, true, true});
       for (const KernelResources& r : resources) {
-        table.Add({r.name, std::to_string(r.registers), std::to_string(r.spilled_bytes),
+        table.Add({r.name, std::to_string(r.registers), std::to_string(r.local_bytes),
                    std::to_string(r.shared_bytes)});
         json_["kernels"].push_back({{"name", r.name},
                                     {"registers", r.registers},
-                                    {"spilled_bytes", r.spilled_bytes},
+                                    {"local_bytes", r.local_bytes},
                                     {"shared_bytes", r.shared_bytes}});
       }
       table.Print();
@@ -250,7 +267,7 @@ Command AddAttention(CLI::App* bench, const char* name, const char* help, bool d
     command->add_option("--rows", flags->rows, "Rows of the chunk")
         ->check(CLI::Range(2, 1 << 16))
         ->capture_default_str();
-  return [flags, decode] { return RunAttention(*flags, decode); };
+  return [flags, decode] { return Guarded([&] { return RunAttention(*flags, decode); }); };
 }
 
 }  // namespace
@@ -275,7 +292,7 @@ Command AddBenchCodec(CLI::App* bench) {
       ->delimiter(',')
       ->check(CLI::Range(1, 1 << 16))
       ->capture_default_str();
-  return [flags] { return RunCodec(*flags); };
+  return [flags] { return Guarded([&] { return RunCodec(*flags); }); };
 }
 
 }  // namespace triaxial

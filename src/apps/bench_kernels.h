@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "base/json.h"
 #include "base/status.h"
 #include "kv/view.h"
 
@@ -61,8 +60,8 @@ struct KernelTime {
 struct KernelResources {
   std::string name;
   int registers = 0;
-  int64_t spilled_bytes = 0;  // a thread
-  int64_t shared_bytes = 0;   // static, a block
+  int64_t local_bytes = 0;   // a thread: spills and arrays in memory
+  int64_t shared_bytes = 0;  // a block
 };
 
 class KernelBench {
@@ -81,6 +80,10 @@ class KernelBench {
 // `working_set`: bytes of cache that a measurement visits at least; several times the largest last-level
 // cache at hand.
 std::unique_ptr<KernelBench> CpuKernelBench(int64_t working_set = int64_t{768} << 20);
+#ifdef TRIAXIAL_CUDA
+// Of the current GPU. Throws CudaError when it is used. Unavailable if there is none.
+Result<std::unique_ptr<KernelBench>> CudaKernelBench();
+#endif
 
 // |out - reference| / |reference| of softmax(scale q K^T) V in float64; keys and values: [tokens][head_dim].
 double AttentionError(const float* q, double scale, const std::vector<float>& keys,
