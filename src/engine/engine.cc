@@ -1,7 +1,6 @@
 #include "engine/engine.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <future>
@@ -76,11 +75,11 @@ class EngineImpl : public Engine {
   std::thread thread_;
 };
 
-// A quarter of the machine's memory, but no more than all sequences at full length need in BF16.
-int64_t DefaultKvMemory(const KvGeometry& geometry, int32_t max_model_len, int32_t max_running) {
-  const int64_t machine = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+// What the model's machine has to spare, but no more than all sequences at full length need in BF16.
+int64_t DefaultKvMemory(const Model& model, int32_t max_model_len, int32_t max_running) {
+  const KvGeometry geometry = model.geometry();
   const int64_t blocks = CeilDiv(max_model_len, kBlockTokens) + 2;  // a tail, and one of growth
-  return std::min(machine / 4, BlockBytes(geometry, Format::kBf16) * blocks * max_running);
+  return std::min(model.FreeMemory(), BlockBytes(geometry, Format::kBf16) * blocks * max_running);
 }
 
 Status CheckOptions(const EngineOptions& options, const TextConfig& config) {
@@ -128,7 +127,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> model,
       options.max_model_len > 0 ? options.max_model_len : context.config.text.max_position_embeddings;
   const int64_t bytes = options.kv_memory > 0
                             ? options.kv_memory
-                            : DefaultKvMemory(context.geometry, context.max_model_len, options.max_running);
+                            : DefaultKvMemory(*model, context.max_model_len, options.max_running);
   ASSIGN_OR_RETURN(std::unique_ptr<KvMemory> memory, model->AllocateKv(bytes));
   context.total_rows = memory->total_rows();
   context.wishes = WishesOf(options.policy, context.geometry, model->calibration(), model->dummy_weights());

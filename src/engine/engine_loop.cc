@@ -119,9 +119,13 @@ void EngineLoop::TakeToken(size_t item) {
   auto* request = static_cast<RequestState*>(step_.items[item].sequence);
   const SamplingParams& sampling = request->request.sampling;
   TokenEvent event;
-  const SampledToken sampled =
-      sampler_.Sample(sampling, request->history, request->seed,
-                      static_cast<uint64_t>(request->output_tokens()), logits, &event.top);
+  SampledToken sampled;
+  if (const std::optional<int32_t> token = executor_.Sampled(item)) {
+    sampled.token = *token;
+  } else {
+    sampled = sampler_.Sample(sampling, request->history, request->seed,
+                              static_cast<uint64_t>(request->output_tokens()), logits, &event.top);
+  }
   if (sampled.token < 0) {
     return Finish(request, FinishReason::kError,
                   Internal("the model produced no finite logits; its weights may be damaged"));

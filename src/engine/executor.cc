@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "engine/sampler.h"
+
 namespace triaxial {
 namespace {
 
@@ -13,6 +15,16 @@ struct Overlap {
 
 Overlap OverlapOf(const PromptImage& image, int32_t begin, int32_t end) {
   return {std::max(begin, image.begin), std::min(end, image.begin + image.tokens)};
+}
+
+TokenDraw DrawOf(const RequestState& request) {
+  const SamplingParams& sampling = request.request.sampling;
+  return {.uniform = UniformDraw(request.seed, static_cast<uint64_t>(request.output_tokens())),
+          .temperature = sampling.temperature,
+          .top_p = sampling.top_p,
+          .min_p = sampling.min_p,
+          .top_k = sampling.top_k,
+          .logits = request.history.active() || sampling.logprobs >= 0};
 }
 
 }  // namespace
@@ -48,6 +60,7 @@ void Executor::AddVisualRows(const RequestState& request, const Step::Item& item
 void Executor::Run(const Step& step) {
   batch_.Clear();
   logits_of_.clear();
+  draws_.clear();
   batch_.converts.assign(step.converts.begin(), step.converts.end());
   batch_.stores.assign(step.stores.begin(), step.stores.end());
   for (const Step::Item& item : step.items) {
@@ -61,14 +74,27 @@ void Executor::Run(const Step& step) {
     const bool last = item.begin + item.count == static_cast<int32_t>(request.tokens.size());
     logits_of_.push_back(last ? static_cast<int32_t>(batch_.logits_rows.size()) : -1);
     if (last) batch_.logits_rows.push_back(item.row + item.count - 1);
+    if (last) draws_.push_back(DrawOf(request));
   }
   const size_t needed = batch_.logits_rows.size() * static_cast<size_t>(model_->config().text.vocab_size);
   if (logits_.size() < needed) logits_.resize(needed);
-  model_->Forward(batch_, memory_, logits_.data());
+  if (model_->samples()) {
+    sampled_.resize(draws_.size());
+    model_->ForwardAndSample(batch_, memory_, draws_, sampled_.data(), logits_.data());
+  } else {
+    model_->Forward(batch_, memory_, logits_.data());
+  }
   for (const Step::Item& item : step.items) {
     auto& request = static_cast<RequestState&>(*item.sequence);
     if (item.begin < request.prompt_tokens) DropPassedImages(&request);
   }
+}
+
+std::optional<int32_t> Executor::Sampled(size_t item) const {
+  if (!model_->samples() || logits_of_[item] < 0) return std::nullopt;
+  const auto row = static_cast<size_t>(logits_of_[item]);
+  if (draws_[row].logits) return std::nullopt;
+  return sampled_[row];
 }
 
 std::span<float> Executor::Logits(size_t item) {

@@ -2,6 +2,7 @@
 #ifndef TRIAXIAL_ENGINE_EXECUTOR_H_
 #define TRIAXIAL_ENGINE_EXECUTOR_H_
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -29,6 +30,9 @@ class Executor {
 
   // Next-token logits of a step's item, for items that end at their sequence's last token; else empty.
   std::span<float> Logits(size_t item);
+  // The next token of such an item if the model has chosen it (-1: no finite logits). It chooses for requests
+  // that ask for nothing that takes logits on the host: no penalties, no log-probabilities.
+  std::optional<int32_t> Sampled(size_t item) const;
 
  private:
   static void DropPassedImages(RequestState* request);
@@ -40,6 +44,8 @@ class Executor {
   Batch batch_;
   std::vector<float> logits_;       // [batch_.logits_rows.size()][vocab]
   std::vector<int32_t> logits_of_;  // [items] row of logits_, or -1
+  std::vector<TokenDraw> draws_;    // [rows of logits_] if the model samples, likewise sampled_
+  std::vector<int32_t> sampled_;
 };
 
 }  // namespace triaxial
