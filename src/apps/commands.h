@@ -28,6 +28,7 @@ Command AddBench(CLI::App* app);
 struct ModelFlags {
   std::string model;
   std::string tokenizer;
+  std::string device = "auto";
   std::string load_format = "auto";
   std::string dtype = "bf16";
   std::string kv_policy = "paper";
@@ -35,7 +36,7 @@ struct ModelFlags {
   std::string kv_memory;
   int max_model_len = 0;
   int max_num_seqs = 64;
-  int max_num_batched_tokens = 512;
+  int max_num_batched_tokens = 0;
   int threads = 0;
 };
 void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer

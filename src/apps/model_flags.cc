@@ -49,6 +49,10 @@ void AddPolicyFlags(CLI::App* app, ModelFlags* flags) {
 }
 
 void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
+  app->add_option("--device", flags->device,
+                  "Where the model computes; auto: on the GPU if there is one and --dtype is bf16")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str();
   app->add_option("--load-format", flags->load_format, "'dummy' makes random weights of config.json's shapes")
       ->check(CLI::IsMember({"auto", "dummy"}))
       ->capture_default_str();
@@ -65,9 +69,8 @@ void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
       ->check(CLI::Range(1, 4096))
       ->capture_default_str();
   app->add_option("--max-num-batched-tokens", flags->max_num_batched_tokens,
-                  "Tokens of one step, decode and prefill together")
-      ->check(CLI::Range(1, 65536))
-      ->capture_default_str();
+                  "Tokens of one step, decode and prefill together (default: 512, on a GPU 2048)")
+      ->check(CLI::Range(0, 65536));
   app->add_option("--threads", flags->threads, "Compute threads (default: all cores)")
       ->check(CLI::Range(0, 1024));
 }
@@ -85,14 +88,20 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   }
   options.max_model_len = flags.max_model_len;
   options.max_running = flags.max_num_seqs;
-  options.max_step_tokens = flags.max_num_batched_tokens;
   ModelOptions model_options;
+  model_options.device = flags.device == "cpu"    ? Device::kCpu
+                         : flags.device == "cuda" ? Device::kCuda
+                                                  : Device::kAuto;
   model_options.precision = flags.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
   model_options.dummy_weights = flags.load_format == "dummy";
   model_options.codec = flags.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
   ASSIGN_OR_RETURN(std::unique_ptr<Model> loaded, Model::Load(model.directory, model_options));
-  spdlog::info("loaded {} ({} parameters, {}, {} threads)", model.directory, Count(loaded->parameters()),
-               flags.dtype, ComputeThreads());
+  spdlog::info("loaded {} ({} parameters, {}, {})", model.directory, Count(loaded->parameters()), flags.dtype,
+               loaded->on_gpu() ? "on the GPU" : fmt::format("{} threads", ComputeThreads()));
+  options.max_step_tokens = flags.max_num_batched_tokens;
+  if (options.max_step_tokens == 0) {
+    options.max_step_tokens = std::max(loaded->on_gpu() ? 2048 : 512, options.max_running);
+  }
   return Engine::Create(std::move(loaded), model.preprocessor, model.generation, model.markup, options);
 }
 
