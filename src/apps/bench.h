@@ -10,6 +10,7 @@ Command AddBenchDecode(CLI::App* bench);
 Command AddBenchPrefill(CLI::App* bench);
 Command AddBenchCodec(CLI::App* bench);
 Command AddBenchServe(CLI::App* bench);
+Command AddBenchPlot(CLI::App* bench);
 
 }  // namespace triaxial
 
