@@ -31,7 +31,8 @@ void Check(const char* what, const KvGeometry& geometry, int num_heads, std::vec
   attention.Plan(step.sequences(), nullptr);
   for (int run = 0; run < 2; ++run) {
     step.PoisonOutput();
-    if (attention.has_decode()) attention.RunDecode(step.layer(), nullptr);
+    attention.RunDecode(step.layer(), nullptr);
+    attention.RunPrefill(step.layer(), nullptr);
 
     CUDA_OK(cudaDeviceSynchronize());
     const RandomStep::Error error = step.Compare(kProbes, seed);
@@ -106,6 +107,60 @@ CASE(DecodeLoudQueries) {
   for (const float scale : {0.01f, 4.0f, 16.0f}) {
     Check(("queries times " + std::to_string(scale)).c_str(), Geometry(128, 8), 64,
           {RandomSequence(3000, kEven, random), RandomSequence(200, kEven, random)}, scale, 1e-2);
+  }
+}
+
+CASE(PrefillEachFormat) {
+  std::mt19937 random(NextSeed());
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const int dim : {128, 64}) {
+      for (size_t f = 0; f < std::size(kAllFormats); ++f) {
+        std::vector<double> weights(std::size(kAllFormats), 0.0);
+        weights[f] = 1;
+        const std::string what = std::string(Name(codec)) + " " + std::string(Name(kAllFormats[f])) +
+                                 ", head_dim " + std::to_string(dim);
+        Check(what.c_str(), Geometry(dim, 2, codec), 16, {RandomSequence(1000, weights, random, 100)});
+      }
+    }
+  }
+}
+
+CASE(PrefillSizes) {
+  std::mt19937 random(NextSeed());
+  // Without a prefix, and rows and prefixes about the edges of tiles.
+  for (const int rows : {2, 15, 16, 17, 63, 64, 65, 127, 300}) {
+    for (const int tokens : {0, 1, 63, 64, 65, 700}) {
+      const std::string what = std::to_string(rows) + " rows after " + std::to_string(tokens);
+      Check(what.c_str(), Geometry(128, 2), 16, {RandomSequence(tokens, kEven, random, rows)});
+    }
+  }
+  Check("2000 rows after 30000", Geometry(128, 8), 64, {RandomSequence(30000, kEven, random, 2000)});
+  Check("2 rows after 131000", Geometry(128, 2), 16, {RandomSequence(131000, kEven, random, 2)});
+}
+
+CASE(PrefillBesideDecode) {
+  std::mt19937 random(NextSeed());
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+      std::vector<SequenceSpec> specs;
+      for (const int rows : {1, 40, 1, 1, 333, 2, 1}) {
+        const int64_t tokens =
+            static_cast<int64_t>(std::exp(std::uniform_real_distribution(0.0, 8.0)(random)));
+        specs.push_back(RandomSequence(tokens, kEven, random, rows));
+      }
+      const std::string what = std::string(Name(codec)) + ", group " + std::to_string(group);
+      Check(what.c_str(), Geometry(group % 2 == 0 ? 128 : 64, 4, codec), 4 * group, specs);
+    }
+  }
+}
+
+CASE(DecodePaper) {
+  std::mt19937 random(NextSeed());
+  for (size_t f = 0; f < std::size(kAllFormats); ++f) {
+    std::vector<double> weights(std::size(kAllFormats), 0.0);
+    weights[f] = 1;
+    Check(("paper " + std::string(Name(kAllFormats[f]))).c_str(), Geometry(128, 8, Codec::kPaper), 64,
+          {RandomSequence(3000, weights, random), RandomSequence(1, weights, random)});
   }
 }
 

@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numbers>
+#include <vector>
 
 #include "base/check.h"
 #include "ops/cuda/attention_plan.h"
 #include "ops/cuda/decode_attention_sm90.h"
 #include "ops/cuda/device.h"
+#include "ops/cuda/prefill_attention_sm90.h"
 
 namespace triaxial::cuda {
 namespace {
@@ -49,42 +52,85 @@ class Upload {
   int turn_ = 0;
 };
 
-constexpr size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+// A block table and a list of items for one kernel; the list ends with as many empty items as thread blocks
+// take items.
+template <typename Block, typename Item>
+class WorkList {
+ public:
+  WorkList(int64_t max_blocks, int max_items, int thread_blocks)
+      : max_blocks_(static_cast<size_t>(max_blocks)),
+        max_items_(static_cast<size_t>(max_items)),
+        end_bytes_(static_cast<size_t>(thread_blocks) * sizeof(Item)),
+        items_at_((max_blocks_ * sizeof(Block) + 255) / 256 * 256),
+        upload_(items_at_ + max_items_ * sizeof(Item) + end_bytes_) {
+    // Without a plan there are no items; a graph may be captured before the first plan.
+    CUDA_OK(cudaMemset(upload_.device() + items_at_, 0, end_bytes_));
+  }
+  void Send(const std::vector<Block>& table, const std::vector<Item>& items, cudaStream_t stream) {
+    CHECK(table.size() <= max_blocks_ && items.size() <= max_items_);
+    uint8_t* host = upload_.Begin();
+    const size_t table_bytes = table.size() * sizeof(Block), item_bytes = items.size() * sizeof(Item);
+    std::memcpy(host, table.data(), table_bytes);
+    std::memcpy(host + items_at_, items.data(), item_bytes);
+    std::memset(host + items_at_ + item_bytes, 0, end_bytes_);
+    upload_.Send(0, table_bytes, stream);
+    upload_.Send(items_at_, item_bytes + end_bytes_, stream);
+    upload_.End(stream);
+  }
+  const Block* table() const { return reinterpret_cast<const Block*>(upload_.device()); }
+  const Item* items() const { return reinterpret_cast<const Item*>(upload_.device() + items_at_); }
 
-DecodeMachine MachineOf(const DeviceInfo& device) {
-  return {.blocks = device.multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
-}
+ private:
+  const size_t max_blocks_, max_items_, end_bytes_, items_at_;
+  Upload upload_;
+};
+using DecodeList = WorkList<KvBlockRef, DecodeItem>;
+using PrefillList = WorkList<PrefillBlock, PrefillItem>;
 
 }  // namespace
 
 struct Attention::State {
-  State(const KvGeometry& g, int heads, const AttentionLimits& l)
-      : geometry(g),
-        num_heads(heads),
-        limits(l),
-        machine(MachineOf(CurrentDevice())),
-        max_items(MaxItems(g, heads, machine, l.sequences)),
-        items_at(Aligned(static_cast<size_t>(l.blocks) * sizeof(KvBlockRef))),
-        decode(items_at + static_cast<size_t>(max_items + machine.blocks) * sizeof(DecodeItem)) {
-    const auto slots = static_cast<size_t>(max_items);
-    partial_out.Reserve(slots * kItemHeads * static_cast<size_t>(g.head_dim) * sizeof(float));
-    partial_sums.Reserve(slots * kItemHeads * sizeof(float2));
-    const size_t counter_bytes = (slots + 1) * sizeof(int);
-    CUDA_OK(cudaMemset(counters.Reserve(counter_bytes), 0, counter_bytes));
-    // A graph may be captured before the first plan: no items.
-    CUDA_OK(
-        cudaMemset(decode.device() + items_at, 0, static_cast<size_t>(machine.blocks) * sizeof(DecodeItem)));
+  State(const KvGeometry& g, int heads, const AttentionLimits& limits)
+      : geometry(g), num_heads(heads), multiprocessors(CurrentDevice().multiprocessors) {
+    machine = {.blocks = multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
+    prefill_list = std::make_unique<PrefillList>(
+        limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.rows), multiprocessors);
+    if (g.codec == Codec::kRotated) {
+      const int items = MaxItems(g, heads, machine, limits.sequences);
+      decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
+      const auto slots = static_cast<size_t>(items);
+      partial_out.Reserve(slots * kItemHeads * static_cast<size_t>(g.head_dim) * sizeof(float));
+      partial_sums.Reserve(slots * kItemHeads * sizeof(float2));
+      const size_t counter_bytes = (slots + 1) * sizeof(int);
+      CUDA_OK(cudaMemset(counters.Reserve(counter_bytes), 0, counter_bytes));
+    } else {
+      one_row_list = std::make_unique<PrefillList>(
+          limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.sequences), multiprocessors);
+    }
     CUDA_OK(cudaDeviceSynchronize());
+  }
+
+  void Prefill(const PrefillList& list, const LayerAttention& layer, cudaStream_t stream) const {
+    LaunchPrefillSm90({.layer = layer,
+                       .codec = geometry.codec,
+                       .num_heads = num_heads,
+                       .num_kv_heads = geometry.num_kv_heads,
+                       .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
+                       .table = list.table(),
+                       .items = list.items()},
+                      geometry.head_dim, multiprocessors, stream);
   }
 
   const KvGeometry geometry;
   const int num_heads;
-  const AttentionLimits limits;
-  const DecodeMachine machine;
-  const int max_items;
-  const size_t items_at;  // of the upload, after the block table
-  Upload decode;
-  DecodePlan plan;
+  const int multiprocessors;
+  DecodeMachine machine;
+  // kRotated: decode_list. kPaper, which is there to compare with: sequences with one row go through the
+  // prefill kernel.
+  std::unique_ptr<DecodeList> decode_list;
+  std::unique_ptr<PrefillList> one_row_list, prefill_list;
+  DecodePlan decode;
+  PrefillPlan one_row, prefill;
   DeviceBuffer partial_out, partial_sums, counters;
 };
 
@@ -98,35 +144,37 @@ Attention::~Attention() = default;
 
 void Attention::Plan(std::span<const AttentionSequence> sequences, cudaStream_t stream) {
   State& s = *state_;
-  PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.plan);
-  CHECK(static_cast<int64_t>(s.plan.table.size()) <= s.limits.blocks &&
-        static_cast<int>(s.plan.items.size()) <= s.max_items && s.plan.slots <= s.max_items);
-  uint8_t* host = s.decode.Begin();
-  const size_t item_bytes = s.plan.items.size() * sizeof(DecodeItem);
-  const size_t end_bytes = static_cast<size_t>(s.machine.blocks) * sizeof(DecodeItem);
-  const size_t table_bytes = s.plan.table.size() * sizeof(KvBlockRef);
-  std::memcpy(host, s.plan.table.data(), table_bytes);
-  std::memcpy(host + s.items_at, s.plan.items.data(), item_bytes);
-  std::memset(host + s.items_at + item_bytes, 0, end_bytes);
-  s.decode.Send(0, table_bytes, stream);
-  s.decode.Send(s.items_at, item_bytes + end_bytes, stream);
-  s.decode.End(stream);
+  if (s.decode_list) {
+    PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.decode);
+    s.decode_list->Send(s.decode.table, s.decode.items, stream);
+  } else {
+    PlanPrefill(s.geometry, s.num_heads, 1, 1, sequences, &s.one_row);
+    s.one_row_list->Send(s.one_row.table, s.one_row.items, stream);
+  }
+  PlanPrefill(s.geometry, s.num_heads, 2, std::numeric_limits<int>::max(), sequences, &s.prefill);
+  if (has_prefill()) s.prefill_list->Send(s.prefill.table, s.prefill.items, stream);
 }
 
-bool Attention::has_decode() const { return !state_->plan.items.empty(); }
+bool Attention::has_decode() const { return !state_->decode.items.empty() || !state_->one_row.items.empty(); }
+bool Attention::has_prefill() const { return !state_->prefill.items.empty(); }
 
 void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
   const State& s = *state_;
+  if (s.one_row_list) return s.Prefill(*s.one_row_list, layer, stream);
   LaunchDecodeSm90({.layer = layer,
                     .num_heads = s.num_heads,
                     .num_kv_heads = s.geometry.num_kv_heads,
                     .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
-                    .table = reinterpret_cast<const KvBlockRef*>(s.decode.device()),
-                    .items = reinterpret_cast<const DecodeItem*>(s.decode.device() + s.items_at),
+                    .table = s.decode_list->table(),
+                    .items = s.decode_list->items(),
                     .counters = s.counters.data<int>(),
                     .partial_out = s.partial_out.data<float>(),
                     .partial_sums = s.partial_sums.data<float2>()},
                    s.geometry.head_dim, s.machine.blocks, stream);
+}
+
+void Attention::RunPrefill(const LayerAttention& layer, cudaStream_t stream) {
+  if (has_prefill()) state_->Prefill(*state_->prefill_list, layer, stream);
 }
 
 }  // namespace triaxial::cuda

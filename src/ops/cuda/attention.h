@@ -59,7 +59,7 @@ class Attention {
   // Whether the last plan has sequences with one row, with more rows.
   bool has_decode() const;
   bool has_prefill() const;
-  // The planned sequences with one row. A no-op if there are none.
+  // The planned sequences with one row; writes nothing if there are none.
   void RunDecode(const LayerAttention& layer, cudaStream_t stream);
   // The planned sequences with more rows.
   void RunPrefill(const LayerAttention& layer, cudaStream_t stream);

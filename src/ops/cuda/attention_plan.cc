@@ -4,8 +4,6 @@
 #include <array>
 #include <cmath>
 
-#include "base/check.h"
-
 namespace triaxial::cuda {
 namespace {
 
@@ -41,6 +39,7 @@ constexpr int kMaxSplits = 64;
 constexpr int kExtraItems = 4;
 
 int SplitsFor(double weight, double share, size_t blocks) {
+  if (!(share > 0)) return 1;
   const double splits = std::ceil(weight / share - 1e-9);
   return static_cast<int>(
       std::clamp(splits, 1.0, static_cast<double>(std::clamp<size_t>(blocks, 1, kMaxSplits))));
@@ -113,7 +112,7 @@ int MaxItems(const KvGeometry& geometry, int num_heads, const DecodeMachine& mac
 }
 
 void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& machine,
-                std::span<const AttentionSequence> sequences, DecodePlan* plan) {
+                std::span<const AttentionSequence> sequences, DecodePlan* plan, int splits) {
   plan->table.clear();
   plan->items.clear();
   plan->slots = plan->counters = 0;
@@ -153,7 +152,8 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
   const int group = num_heads / geometry.num_kv_heads;
   const int parts = (group + kItemHeads - 1) / kItemHeads;
   const int pairs = geometry.num_kv_heads * parts;
-  const double share = std::max(1.0, BestShare(weights, blocks, pairs, machine));
+  const double share = splits > 0 ? *std::max_element(weights.begin(), weights.end()) / splits
+                                  : BestShare(weights, blocks, pairs, machine);
   struct Cut {
     double weight;
     DecodeItem item;
@@ -161,20 +161,19 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
   std::vector<Cut> cuts;
   for (size_t i = 0; i < decoding.size(); ++i) {
     const Sequence& s = decoding[i];
-    const int splits = SplitsFor(weights[i], share, s.blocks);
+    const int count = SplitsFor(weights[i], share, s.blocks);
     size_t begin = 0;
     double passed = 0;
-    for (int split = 0; split < splits; ++split) {
-      const double until = weights[i] * (split + 1) / splits;
+    for (int split = 0; split < count; ++split) {
+      const double until = weights[i] * (split + 1) / count;
       Cut cut = {
-          0,
-          {.row = s.row, .table = s.table + static_cast<int32_t>(begin), .split = split, .splits = splits}};
+          0, {.row = s.row, .table = s.table + static_cast<int32_t>(begin), .split = split, .splits = count}};
       std::array<int, kClasses> counts = {};
       size_t end = begin;
       while (end < s.blocks) {
         const KvBlockRef& block = plan->table[static_cast<size_t>(s.table) + end];
         const double weight = WeightOf(block);
-        if (split + 1 < splits && passed + weight / 2 > until) break;
+        if (split + 1 < count && passed + weight / 2 > until) break;
         passed += weight;
         cut.weight += weight;
         ++counts[static_cast<size_t>(ClassOf(block.format))];
@@ -216,8 +215,51 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
     }
   }
   for (DecodeItem& item : plan->items) item.items = static_cast<int32_t>(plan->items.size());
-  CHECK(static_cast<int>(plan->items.size()) <=
-        MaxItems(geometry, num_heads, machine, static_cast<int>(decoding.size())));
+}
+
+int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows) {
+  const int group = num_heads / geometry.num_kv_heads;
+  return geometry.num_kv_heads * (sequences + rows * group / kPrefillTileQueries);
+}
+
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most,
+                 std::span<const AttentionSequence> sequences, PrefillPlan* plan) {
+  plan->table.clear();
+  plan->items.clear();
+  const int group = num_heads / geometry.num_kv_heads;
+  struct Tile {
+    int64_t tokens;  // to be attended to
+    PrefillItem item;
+  };
+  std::vector<Tile> tiles;
+  for (const AttentionSequence& sequence : sequences) {
+    if (sequence.rows < least || sequence.rows > most) continue;
+    const auto table = static_cast<int32_t>(plan->table.size());
+    for (const KvBlockRef& block : sequence.blocks) {
+      plan->table.push_back({.unit_row = block.unit_row,
+                             .tokens = block.tokens,
+                             .capacity = block.capacity,
+                             .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
+                             .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
+    }
+    for (int first = 0; first < sequence.rows * group; first += kPrefillTileQueries) {
+      const int last_row = std::min(sequence.rows - 1, (first + kPrefillTileQueries - 1) / group);
+      tiles.push_back({static_cast<int64_t>(sequence.blocks.size()) * kBlockTokens + last_row + 1,
+                       {.row_begin = sequence.row_begin,
+                        .rows = sequence.rows,
+                        .first = first,
+                        .table = table,
+                        .blocks = static_cast<int32_t>(sequence.blocks.size())}});
+    }
+  }
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const Tile& a, const Tile& b) { return a.tokens > b.tokens; });
+  for (Tile& tile : tiles) {
+    for (int head = 0; head < geometry.num_kv_heads; ++head) {
+      tile.item.kv_head = head;
+      plan->items.push_back(tile.item);
+    }
+  }
 }
 
 }  // namespace triaxial::cuda

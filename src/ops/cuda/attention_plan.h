@@ -44,11 +44,46 @@ struct DecodeMachine {
   int warps = 0;   // of each, which take pieces in turn
 };
 
-// The sequences with exactly one row. At most MaxItems(...) items and slots come out.
+// The sequences with exactly one row. At most MaxItems(...) items and slots come out. `splits`: of the
+// longest sequence, the others in proportion; 0 chooses the number that makes the step shortest.
 void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& machine,
-                std::span<const AttentionSequence> sequences, DecodePlan* plan);
+                std::span<const AttentionSequence> sequences, DecodePlan* plan, int splits = 0);
 // Of any plan with so many sequences.
 int MaxItems(const KvGeometry& geometry, int num_heads, const DecodeMachine& machine, int sequences);
+
+// A block as prefill reads it.
+struct PrefillBlock {
+  uint32_t unit_row = 0;
+  uint8_t tokens = 0;
+  uint8_t capacity = 0;
+  uint8_t k_bits = 0, v_bits = 0;
+};
+static_assert(sizeof(PrefillBlock) == 8);
+
+// A tile of queries that share a KV head, for one thread block: rows and heads of the group count together,
+// row r and head h as r * group + h. `rows` 0 ends the list.
+inline constexpr int kPrefillTileQueries = 128;
+struct alignas(16) PrefillItem {
+  int32_t row_begin = 0;  // of the sequence
+  int32_t rows = 0;       // likewise
+  int32_t first = 0;      // (row, head) of the tile
+  int32_t kv_head = 0;
+  int32_t table = 0;  // index of the sequence's first block
+  int32_t blocks = 0;
+  int32_t unused[2] = {};
+};
+static_assert(sizeof(PrefillItem) == 32);
+
+struct PrefillPlan {
+  std::vector<PrefillBlock> table;
+  std::vector<PrefillItem> items;  // heaviest first
+};
+
+// The sequences with as many rows as `least` to `most`.
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most,
+                 std::span<const AttentionSequence> sequences, PrefillPlan* plan);
+// Of any plan with so many sequences and rows.
+int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows);
 
 }  // namespace triaxial::cuda
 

@@ -269,29 +269,29 @@ __device__ __forceinline__ void Values(uint32_t piece, uint32_t constants, const
       MmaBf16(acc.out[i], w.x, w.y, w.z, w.w, high0, high1);
       MmaBf16(acc.out[i], w.x, w.y, w.z, w.w, low0, low1);
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < V::kTiles; ++k) {
-    uint32_t b0 = Transpose8x8(p[k][0]), b1 = Transpose8x8(p[k][1]);
-    if (!(k & 1)) z = LoadShared16(minima + k / 2 * minima_step), s = LoadShared16(scales + k / 2 * 128);
-    MmaF16(k & 1 ? acc.odd : acc.even, z.x, z.y, z.z, z.w, b0, b1);
-    b0 = MulF16(b0, k & 1 ? s.z : s.x), b1 = MulF16(b1, k & 1 ? s.w : s.y);
-    if constexpr (!V::kCodes) {
-      const uint32_t unit = PackF16(kFp8ValueScale, kFp8ValueScale);
-      b0 = MulF16(b0, unit), b1 = MulF16(b1, unit);
-    }
-#pragma unroll
-    for (int first = k * V::kSteps / V::kFields * V::kFields; first < (k + 1) * V::kSteps;
-         first += V::kFields) {
-      if (first >= k * V::kSteps) {
-        w = LoadShared16(piece + first / V::kFields * 512 + lane * 16);
-        if constexpr (V::kCodes) upper = UpperBytes(w);
+    for (int k = 0; k < V::kTiles; ++k) {
+      uint32_t b0 = Transpose8x8(p[k][0]), b1 = Transpose8x8(p[k][1]);
+      if (!(k & 1)) z = LoadShared16(minima + k / 2 * minima_step), s = LoadShared16(scales + k / 2 * 128);
+      MmaF16(k & 1 ? acc.odd : acc.even, z.x, z.y, z.z, z.w, b0, b1);
+      b0 = MulF16(b0, k & 1 ? s.z : s.x), b1 = MulF16(b1, k & 1 ? s.w : s.y);
+      if constexpr (!V::kCodes) {
+        const uint32_t unit = PackF16(kFp8ValueScale, kFp8ValueScale);
+        b0 = MulF16(b0, unit), b1 = MulF16(b1, unit);
       }
-      ForEachField<V>(w, upper, [&]<int I>(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
-        const int step = first + I - k * V::kSteps;
-        if (step >= 0 && step < V::kSteps) MmaF16(acc.out[step], a0, a1, a2, a3, b0, b1);
-      });
+#pragma unroll
+      for (int first = k * V::kSteps / V::kFields * V::kFields; first < (k + 1) * V::kSteps;
+           first += V::kFields) {
+        if (first >= k * V::kSteps) {
+          w = LoadShared16(piece + first / V::kFields * 512 + lane * 16);
+          if constexpr (V::kCodes) upper = UpperBytes(w);
+        }
+        ForEachField<V>(w, upper, [&]<int I>(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+          const int step = first + I - k * V::kSteps;
+          if (step >= 0 && step < V::kSteps) MmaF16(acc.out[step], a0, a1, a2, a3, b0, b1);
+        });
+      }
     }
   }
 }

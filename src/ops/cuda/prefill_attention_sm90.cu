@@ -1,0 +1,424 @@
+// Prefill attention: many query rows over cached blocks of any format, then causally over the rows of the
+// step.
+//
+// A thread block owns 128 queries (rows and heads of a group) of a KV head and walks over tiles of 64 tokens.
+// One warpgroup brings blocks into shared memory as they are stored, by bulk copies, and expands them to FP16
+// tiles (prefill_tiles.cuh), once for all 128 queries. Two others, 64 queries each, multiply (wgmma) and keep
+// maximum, sum and output in registers; the scores of a tile are computed while the values of the one before
+// are multiplied.
+#include "ops/cuda/device.h"
+#include "ops/cuda/prefill_attention_sm90.h"
+#include "ops/cuda/prefill_tiles.cuh"
+#include "ops/cuda/wgmma.cuh"
+
+namespace triaxial::cuda {
+namespace {
+
+constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 3;
+constexpr int kThreads = 3 * 128;
+
+template <int kDim>
+struct SharedLayout {
+  static constexpr int kTileBytes = kTileTokens64 * kDim * 2;
+  static constexpr int kRawBytes = kBlockTokens * kDim * 4;  // a BF16 block, the largest
+  static constexpr int kKeys = 0;
+  static constexpr int kValues = kKeys + kStages * kTileBytes;
+  static constexpr int kRaw = kValues + kStages * kTileBytes;
+  static constexpr int kBarriers = kRaw + kRawStages * kRawBytes;
+  // 8 bytes each: raw full; keys full, keys free, values full, values free. Then what the stages hold.
+  static constexpr int kRawFull = kBarriers;
+  static constexpr int kKeysFull = kRawFull + kRawStages * 8;
+  static constexpr int kKeysFree = kKeysFull + kStages * 8;
+  static constexpr int kValuesFull = kKeysFree + kStages * 8;
+  static constexpr int kValuesFree = kValuesFull + kStages * 8;
+  static constexpr int kRawBlocks = kValuesFree + kStages * 8;  // the word of PrefillBlock after unit_row
+  static constexpr int kTokens = kRawBlocks + kRawStages * 4;   // valid tokens of a tile
+  static constexpr int kBytes = kTokens + kStages * 4;
+};
+
+// A stage of a ring and the parity of its barriers.
+template <int kCount>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kCount) stage = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ int TilesOfRows(int last_row) { return last_row / kTileTokens64 + 1; }
+__device__ __forceinline__ int LastRow(const PrefillItem& item, int group) {
+  return min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+}
+__device__ __forceinline__ PrefillItem LoadItem(const PrefillParams& p, int index) {
+  const auto* words = reinterpret_cast<const int4*>(p.items + index);
+  const int4 a = words[0], b = words[1];
+  return {.row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y};
+}
+
+// Fills the tiles of all items of this thread block.
+template <int kDim>
+__device__ __forceinline__ void Produce(const PrefillParams& p, uint8_t* shared, int group) {
+  using L = SharedLayout<kDim>;
+  const uint32_t base = SharedAddress(shared);
+  const bool leader = threadIdx.x % kExpandThreads == 0;
+  Ring<kStages> tile_ring;
+  Ring<kRawStages> raw_ring, copy_ring;
+  for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
+    const PrefillItem item = LoadItem(p, index);
+    if (item.rows == 0) return;
+    const auto* table = reinterpret_cast<const uint2*>(p.table) + item.table;
+    const auto copy = [&](int block) {
+      if (block < item.blocks && leader) {
+        const uint2 ref = __ldg(table + block);  // unit_row; tokens, capacity, bits of keys, of values
+        const int capacity = ref.y >> 8 & 0xff;
+        const int bytes = SideSize(p.codec, kDim, static_cast<int>(ref.y >> 16 & 0xff), capacity) +
+                          SideSize(p.codec, kDim, static_cast<int>(ref.y >> 24), capacity);
+        const uint8_t* from =
+            p.layer.arena +
+            static_cast<uint64_t>(ref.x) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
+            static_cast<uint32_t>(item.kv_head * bytes);
+        const uint32_t barrier = base + L::kRawFull + copy_ring.stage * 8;
+        StoreShared4(base + L::kRawBlocks + copy_ring.stage * 4, ref.y);
+        BarrierExpect(barrier, static_cast<uint32_t>(bytes));
+        BulkLoad(base + L::kRaw + copy_ring.stage * L::kRawBytes, from, static_cast<uint32_t>(bytes),
+                 barrier);
+      }
+      if (block < item.blocks) copy_ring.Advance();
+    };
+    for (int i = 0; i < kRawStages; ++i) copy(i);
+    const int row_tiles = TilesOfRows(LastRow(item, group));
+    for (int tile = 0; tile < item.blocks + row_tiles; ++tile) {
+      const int stage = tile_ring.stage;
+      const uint32_t keys = base + L::kKeys + stage * L::kTileBytes,
+                     values = base + L::kValues + stage * L::kTileBytes;
+      const uint32_t free_parity = tile_ring.parity ^ 1;
+      if (tile < item.blocks) {
+        BarrierWait(base + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
+        const uint32_t ref = LoadShared4(base + L::kRawBlocks + raw_ring.stage * 4);
+        const uint8_t* raw = shared + L::kRaw + raw_ring.stage * L::kRawBytes;
+        const int capacity = static_cast<int>(ref >> 8 & 0xff), k_bits = static_cast<int>(ref >> 16 & 0xff);
+        BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
+        ExpandKeysOf<kDim>(p.codec, k_bits, raw, capacity / 16, keys);
+        if (leader) StoreShared4(base + L::kTokens + stage * 4, ref & 0xff);
+        FenceProxyAsync();
+        BarrierArrive(base + L::kKeysFull + stage * 8);
+        BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
+        ExpandValuesOf<kDim>(p.codec, static_cast<int>(ref >> 24),
+                             raw + SideSize(p.codec, kDim, k_bits, capacity), capacity / 16, values);
+        FenceProxyAsync();
+        BarrierArrive(base + L::kValuesFull + stage * 8);
+        raw_ring.Advance();
+        asm volatile("bar.sync 1, %0;" ::"n"(kExpandThreads) : "memory");  // all have read the block
+        copy(tile + kRawStages);
+      } else {
+        const int row = (tile - item.blocks) * kTileTokens64, rows = item.rows - row;
+        const int64_t at = (item.row_begin + row) * p.layer.kv_stride + item.kv_head * kDim;
+        BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
+        RowsToKeys<kDim>(p.layer.k + at, p.layer.kv_stride, rows, keys);
+        if (leader) StoreShared4(base + L::kTokens + stage * 4, kTileTokens64);
+        FenceProxyAsync();
+        BarrierArrive(base + L::kKeysFull + stage * 8);
+        BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
+        RowsToValues<kDim>(p.layer.v + at, p.layer.kv_stride, rows, values);
+        FenceProxyAsync();
+        BarrierArrive(base + L::kValuesFull + stage * 8);
+      }
+      tile_ring.Advance();
+    }
+  }
+}
+
+// One thread's share of a tile of queries: rows g and g + 8 of its warp's 16, columns 8j + 2t and the next.
+template <int kDim>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const PrefillParams& p, uint8_t* shared, int group)
+      : p_(p), base_(SharedAddress(shared)), group_(group) {}
+
+  __device__ __forceinline__ void Run() {
+    for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
+      const PrefillItem item = LoadItem(p_, index);
+      if (item.rows == 0) return;
+      Begin(item);
+      const int tiles = item.blocks + TilesOfRows(LastRow(item, group_));
+      // Scores of the first tile.
+      Ring<kStages> keys = ring_, values = ring_;
+      MultiplyKeys(keys.stage, keys.parity);
+      WgmmaWait<0>();
+      Pin(scores_);
+      Softmax(item, 0, keys.stage);
+      Free(L::kKeysFree, keys.stage);
+      Scale();
+      keys.Advance();
+      for (int tile = 1; tile < tiles; ++tile) {
+        PackWeights();
+        MultiplyKeys(keys.stage, keys.parity);
+        MultiplyValues(values.stage, values.parity);
+        WgmmaWait<1>();
+        Pin(scores_);
+        Softmax(item, tile, keys.stage);
+        Free(L::kKeysFree, keys.stage);
+        WgmmaWait<0>();
+        Pin(out_);
+        Free(L::kValuesFree, values.stage);
+        Scale();
+        keys.Advance();
+        values.Advance();
+      }
+      PackWeights();
+      MultiplyValues(values.stage, values.parity);
+      WgmmaWait<0>();
+      Pin(out_);
+      Free(L::kValuesFree, values.stage);
+      values.Advance();
+      ring_ = values;
+      Finish(item);
+    }
+  }
+
+ private:
+  using L = SharedLayout<kDim>;
+  static constexpr int kSteps = kDim / 16;
+  static constexpr float kRaise = 8.0f;  // the maximum is raised when weights would pass 2^8
+
+  __device__ __forceinline__ void Begin(const PrefillItem& item) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int first = item.first + static_cast<int>(threadIdx.x) / 32 * 16 + g;
+    const int queries = item.rows * group_;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query = first + 8 * h;
+      valid_[h] = query < queries;
+      const int of = min(query, queries - 1);
+      row_[h] = of / group_;
+      head_[h] = item.kv_head * group_ + of % group_;
+      const uint16_t* q = p_.layer.q + (item.row_begin + row_[h]) * p_.layer.q_stride + head_[h] * kDim;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int channel = ElementOf(s * 16 + half * 8 + 2 * t);
+          queries_[s][half * 2 + h] = Bf16ToF16(*reinterpret_cast<const uint32_t*>(q + channel));
+        }
+      }
+      max_[h] = -INFINITY;
+      sum_[h] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) out_[i] = 0;
+  }
+
+  __device__ __forceinline__ void MultiplyKeys(int stage, uint32_t parity) {
+    BarrierWait(base_ + L::kKeysFull + stage * 8, parity);
+    const uint64_t keys = WgmmaDescriptor(base_ + L::kKeys + stage * L::kTileBytes);
+    Pin(scores_);
+    WgmmaFence();
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      Wgmma(scores_, queries_[s][0], queries_[s][1], queries_[s][2], queries_[s][3],
+            keys + s / 4 * (8192 / 16) + s % 4 * 2, s != 0);
+    }
+    WgmmaCommit();
+  }
+  __device__ __forceinline__ void MultiplyValues(int stage, uint32_t parity) {
+    BarrierWait(base_ + L::kValuesFull + stage * 8, parity);
+    const uint64_t values = WgmmaDescriptor(base_ + L::kValues + stage * L::kTileBytes);
+    Pin(out_);
+    WgmmaFence();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      Wgmma(out_, weights_[s][0], weights_[s][1], weights_[s][2], weights_[s][3], values + s * 2, 1);
+    }
+    WgmmaCommit();
+  }
+  __device__ __forceinline__ void Free(int barriers, int stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
+  }
+
+  // Scores to weights 2^(score - maximum), packed into next_; factor_ is what the output is to be multiplied
+  // by.
+  __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, int stage) {
+    const int t = threadIdx.x & 3;
+    const int tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + stage * 4));
+    const int row_tile = tile - item.blocks;
+    if (tokens < kTileTokens64 || row_tile >= 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int limit = row_tile >= 0 ? row_[h] - row_tile * kTileTokens64 : tokens - 1;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            if (ElementOf(j * 8 + 2 * t + c) > limit) scores_[j * 4 + h * 2 + c] = -INFINITY;
+          }
+        }
+      }
+    }
+    float most[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float x = scores_[h * 2];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) x = fmaxf(x, scores_[j * 4 + h * 2 + c]);
+      }
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      most[h] = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * p_.scale_log2;
+      factor_[h] = 1;
+    }
+    raised_ = __any_sync(~0u, most[0] > max_[0] + kRaise || most[1] > max_[1] + kRaise);
+    if (raised_) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float next = fmaxf(max_[h], most[h]);
+        factor_[h] = max_[h] == -INFINITY ? 0.0f : Exp2(max_[h] - next);
+        sum_[h] *= factor_[h];
+        max_[h] = next;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float max = max_[h] == -INFINITY ? 0.0f : max_[h];
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = scores_[j * 4 + h * 2 + c];
+          x = Exp2(fmaf(x, p_.scale_log2, -max));
+          sum += x;
+        }
+      }
+      sum_[h] += sum;
+    }
+  }
+  __device__ __forceinline__ void Scale() {
+    if (!raised_) return;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) out_[j * 4 + c] *= factor_[c / 2];
+    }
+  }
+  // Not while products that read weights_ are in flight.
+  __device__ __forceinline__ void PackWeights() {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights_[j / 2][j % 2 * 2 + h] = PackF16(scores_[j * 4 + h * 2], scores_[j * 4 + h * 2 + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Finish(const PrefillItem& item) {
+    const int t = threadIdx.x & 3;
+    if (p_.codec == Codec::kRotated) RotateBack();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = sum_[h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      float factor = 1.0f / sum;
+      if (p_.codec == Codec::kRotated) factor *= kDim == 128 ? 0x1.6a09e6p-4f : 0.125f;
+      if (!valid_[h]) continue;
+      uint16_t* out =
+          p_.layer.out + (int64_t{item.row_begin + row_[h]} * p_.num_heads + head_[h]) * kDim + 2 * t;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) {
+        *reinterpret_cast<uint32_t*>(out + j * 8) =
+            PackBf16(out_[j * 4 + h * 2] * factor, out_[j * 4 + h * 2 + 1] * factor);
+      }
+    }
+  }
+  // The Walsh-Hadamard transform over channels 8j + 2t + c, without its factor.
+  __device__ __forceinline__ void RotateBack() {
+    const auto butterfly = [&](int i, int k) {
+      const float a = out_[i], b = out_[k];
+      out_[i] = a + b, out_[k] = a - b;
+    };
+#pragma unroll
+    for (int i = 0; i < kDim / 2; i += 2) butterfly(i, i + 1);
+#pragma unroll
+    for (int d = 1; d < kDim / 8; d *= 2) {
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) {
+        if ((j & d) != 0) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) butterfly(j * 4 + c, (j + d) * 4 + c);
+      }
+    }
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+      const float sign = (threadIdx.x & d) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) out_[i] = fmaf(sign, out_[i], __shfl_xor_sync(~0u, out_[i], d));
+    }
+  }
+
+  const PrefillParams& p_;
+  const uint32_t base_;
+  const int group_;
+  Ring<kStages> ring_;
+  uint32_t queries_[kSteps][4];
+  uint32_t weights_[4][4];
+  float scores_[32] = {};
+  float out_[kDim / 2];
+  float max_[2], sum_[2], factor_[2];
+  int row_[2], head_[2];
+  bool valid_[2], raised_ = false;
+};
+
+template <int kDim>
+__global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ PrefillParams p) {
+  using L = SharedLayout<kDim>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = SharedAddress(shared);
+  const int group = p.num_heads / p.num_kv_heads;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kRawStages; ++i) BarrierInit(base + L::kRawFull + i * 8, 1);
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(base + L::kKeysFull + i * 8, kExpandThreads);
+      BarrierInit(base + L::kValuesFull + i * 8, kExpandThreads);
+      BarrierInit(base + L::kKeysFree + i * 8, 8);  // warps of both consumers
+      BarrierInit(base + L::kValuesFree + i * 8, 8);
+    }
+    FenceBarrierInit();
+    FenceProxyAsync();
+  }
+  __syncthreads();
+  if (threadIdx.x >= 2 * 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    Produce<kDim>(p, shared, group);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    Consumer<kDim>(p, shared, group).Run();
+  }
+}
+
+template <int kDim>
+void Launch(const PrefillParams& params, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = SharedLayout<kDim>::kBytes;
+  static const bool configured = [] {
+    CUDA_OK(cudaFuncSetAttribute(PrefillKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    return true;
+  }();
+  static_cast<void>(configured);
+  PrefillKernel<kDim><<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(params);
+  CUDA_OK(cudaGetLastError());
+}
+
+}  // namespace
+
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int blocks, cudaStream_t stream) {
+  if (head_dim == 128) {
+    Launch<128>(params, blocks, stream);
+  } else {
+    Launch<64>(params, blocks, stream);
+  }
+}
+
+}  // namespace triaxial::cuda
