@@ -9,6 +9,7 @@ namespace triaxial {
 Command AddBenchDecode(CLI::App* bench);
 Command AddBenchPrefill(CLI::App* bench);
 Command AddBenchCodec(CLI::App* bench);
+Command AddBenchModel(CLI::App* bench);
 Command AddBenchServe(CLI::App* bench);
 Command AddBenchPlot(CLI::App* bench);
 

@@ -7,7 +7,7 @@ Command AddBench(CLI::App* app) {
   bench->require_subcommand(1);
   const std::vector<std::pair<std::string, Command>> commands = {
       {"decode", AddBenchDecode(bench)}, {"prefill", AddBenchPrefill(bench)}, {"codec", AddBenchCodec(bench)},
-      {"serve", AddBenchServe(bench)},   {"plot", AddBenchPlot(bench)},
+      {"model", AddBenchModel(bench)},   {"serve", AddBenchServe(bench)},     {"plot", AddBenchPlot(bench)},
   };
   return [bench, commands]() -> Status {
     for (const auto& [name, run] : commands) {

@@ -74,11 +74,16 @@ void CUPTIAPI GiveBuffer(uint8_t** buffer, size_t* size, size_t* max_records) {
 
 void CUPTIAPI TakeBuffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t valid) {
   const std::lock_guard lock(mutex);
+  // Later versions of a record only add to its end.
   CUpti_Activity* record = nullptr;
   while (valid > 0 && Library().next(buffer, valid, &record) == CUPTI_SUCCESS) {
+    if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
+      const auto* copy = reinterpret_cast<const CUpti_ActivityMemcpy5*>(record);
+      traced.push_back({"copy", static_cast<int64_t>(copy->start), static_cast<int64_t>(copy->end)});
+      continue;
+    }
     if (record->kind != CUPTI_ACTIVITY_KIND_KERNEL && record->kind != CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL)
       continue;
-    // Later versions of the record only add to its end.
     const auto* kernel = reinterpret_cast<const CUpti_ActivityKernel9*>(record);
     traced.push_back({ShortName(kernel->name), static_cast<int64_t>(kernel->start),
                       static_cast<int64_t>(kernel->end), kernel->registersPerThread,
@@ -98,7 +103,8 @@ Status StepTrace::Start() {
     const std::lock_guard lock(mutex);
     traced.clear();
   }
-  if (Library().enable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) != CUPTI_SUCCESS)
+  if (Library().enable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) != CUPTI_SUCCESS ||
+      Library().enable(CUPTI_ACTIVITY_KIND_MEMCPY) != CUPTI_SUCCESS)
     return Unavailable("kernels cannot be traced: CUPTI refuses, perhaps because a profiler is running");
   running_ = true;
   return OkStatus();
@@ -109,6 +115,7 @@ std::vector<TracedKernel> StepTrace::Stop() {
   running_ = false;
   Library().flush(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
   Library().disable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+  Library().disable(CUPTI_ACTIVITY_KIND_MEMCPY);
   const std::lock_guard lock(mutex);
   std::vector<TracedKernel> kernels = std::move(traced);
   traced.clear();

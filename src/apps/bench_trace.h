@@ -12,7 +12,7 @@
 namespace triaxial::cuda {
 
 struct TracedKernel {
-  std::string name;  // demangled, without arguments
+  std::string name;  // demangled, without arguments; "copy" for a copy
   int64_t begin_ns = 0, end_ns = 0;
   int registers = 0;         // a thread
   int64_t local_bytes = 0;   // a thread: spills and arrays
