@@ -30,7 +30,8 @@ struct Options {
   std::vector<std::string> formats = {"bf16", "k4v4", "k2v2"};
   std::vector<std::string> shapes = {"1x4096", "16x4096", "64x4096"};  // sequences x context
   int steps = 24;
-  int prefill = 0;  // tokens of a prefill chunk to time, 0: none
+  int prefill = 0;    // tokens of a prefill chunk to time, 0: none
+  std::string image;  // WIDTHxHEIGHT in pixels of an image to encode, empty: none
   std::string json;
 };
 
@@ -175,6 +176,28 @@ class Session {
   bool fits_ = true;
 };
 
+Status TimeImage(Model* model, const std::string& size) {
+  int width = 0, height = 0;
+  if (std::sscanf(size.c_str(), "%dx%d", &width, &height) != 2 || !model->config().vision) {
+    return InvalidArgument("--image takes WIDTHxHEIGHT and a model with vision");
+  }
+  const PreprocessorConfig config;
+  ImagePatches patches;
+  patches.grid_w = width / 32 * 2;
+  patches.grid_h = height / 32 * 2;
+  patches.samples.resize(static_cast<size_t>(patches.grid_w * patches.grid_h) * 3 * 256);
+  for (size_t i = 0; i < patches.samples.size(); ++i)
+    patches.samples[i] = static_cast<uint8_t>(i * 2654435761u >> 24);
+  double best = 1e9;
+  for (int i = 0; i < 4; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    model->Encode(patches, config);
+    best = std::min(best, Seconds(begin, std::chrono::steady_clock::now()));
+  }
+  fmt::print("image of {} x {} patches: {:.1f} ms\n", patches.grid_w, patches.grid_h, 1e3 * best);
+  return OkStatus();
+}
+
 Status Run(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   ASSIGN_OR_RETURN(
@@ -192,6 +215,7 @@ Status Run(const Options& options) {
   if (cuptiActivityRegisterCallbacks(GiveBuffer, TakeBuffer) != CUPTI_SUCCESS)
     return Internal("CUPTI does not start");
   Json results = Json::array();
+  if (!options.image.empty()) RETURN_IF_ERROR(TimeImage(model.get(), options.image));
   for (const std::string& shape : options.shapes) {
     int sequences = 0, context = 0;
     if (std::sscanf(shape.c_str(), "%dx%d", &sequences, &context) != 2) {
@@ -294,6 +318,7 @@ int main(int argc, char** argv) {
   app.add_option("--shapes", options.shapes, "Sequences x context, e.g. 64x4096")->delimiter(',');
   app.add_option("--steps", options.steps, "Timed steps")->check(CLI::Range(1, 10000));
   app.add_option("--prefill", options.prefill, "Time a prefill chunk of so many tokens too");
+  app.add_option("--image", options.image, "Time the vision tower on an image of WIDTHxHEIGHT pixels");
   app.add_option("--json", options.json, "Write results here");
   CLI11_PARSE(app, argc, argv);
   try {

@@ -2,6 +2,7 @@
 // tests/data/e2e/README.md describes the data.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <future>
 #include <memory>
 #include <sstream>
@@ -13,6 +14,9 @@
 #include "engine/engine.h"
 #include "kv/policy.h"
 #include "serve/served_model.h"
+#ifdef TRIAXIAL_CUDA
+#include "ops/cuda/device.h"
+#endif
 
 namespace triaxial {
 namespace {
@@ -68,9 +72,9 @@ const std::vector<Case>& Cases() {
 }
 
 std::unique_ptr<Engine> Start(const std::string& policy, Precision precision, Codec codec,
-                              int max_step_tokens) {
+                              int max_step_tokens, Device device = Device::kCpu) {
   Result<std::unique_ptr<Model>> model =
-      Model::Load(kModel, {.precision = precision, .dummy_weights = false, .codec = codec});
+      Model::Load(kModel, {.device = device, .precision = precision, .dummy_weights = false, .codec = codec});
   EXPECT_TRUE(model.ok()) << model.status().message();
   EngineOptions options;
   options.policy = LoadPolicy(policy).value();
@@ -155,6 +159,43 @@ TEST(EngineGolden, QuantizedAnswersStayClose) {
     EXPECT_GE(equal, 10) << Name(codec);
   }
 }
+
+#ifdef TRIAXIAL_CUDA
+
+// On a machine with a GPU; without one they are skipped, unless it is said that there must be one.
+class GpuEngineGolden : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    if (cuda::FindDevice(&why)) return;
+    if (std::getenv("TRIAXIAL_REQUIRE_GPU") != nullptr) FAIL() << why;
+    GTEST_SKIP() << why;
+  }
+  static int CountEqual(const std::vector<Answer>& answers) {
+    int equal = 0;
+    for (size_t i = 0; i < answers.size(); ++i) equal += answers[i].text == Cases()[i].greedy_text;
+    return equal;
+  }
+};
+
+// In BF16, ties within its rounding may turn; the tokens are chosen on the GPU.
+TEST_F(GpuEngineGolden, GreedyAnswersAloneAndInABatch) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const bool together : {false, true}) {
+      const auto engine = Start("bf16", Precision::kBf16, codec, together ? 90 : 512, Device::kCuda);
+      EXPECT_GE(CountEqual(AskAll(engine.get(), together)), 11) << Name(codec) << together;
+    }
+  }
+}
+
+TEST_F(GpuEngineGolden, QuantizedAnswersStayClose) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    const auto engine = Start("paper", Precision::kBf16, codec, 512, Device::kCuda);
+    EXPECT_GE(CountEqual(AskAll(engine.get(), /*together=*/true)), 10) << Name(codec);
+  }
+}
+
+#endif  // TRIAXIAL_CUDA
 
 }  // namespace
 }  // namespace triaxial
