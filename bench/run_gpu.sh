@@ -8,7 +8,7 @@
 # Environment:
 #   MODEL          checkpoint directory (default: made with random weights of qwen3-vl-32b)
 #   POLICIES       default bf16,fp8,paper,int4; a policy file may be among them
-#   KV_MEMORY      default 10G,56G: an 80 GB card, and what 141 GB leave beside 32B of weights
+#   KV_MEMORY      default 10G,default: as on an 80 GB card, and all that this GPU has beside the weights
 #   CONCURRENCY, SECONDS_EACH, WARMUP   default 1,4,16,64, 7,7,9,12 and 12
 #   TIME_LIMIT     no measurement begins after so many seconds (default 450)
 #   SERVER         more options of `triaxial serve`
@@ -32,9 +32,9 @@ fi
 read -ra more <<<"${SERVER:-}"
 exec_bench() {
   "$binary" bench serve --workload "${WORKLOAD:-osworld}" --policies "${POLICIES:-bf16,fp8,paper,int4}" \
-    --kv-memory "${KV_MEMORY:-10G,56G}" --concurrency "${CONCURRENCY:-1,4,16,64}" --seconds "${SECONDS_EACH:-7,7,9,12}" \
+    --kv-memory "${KV_MEMORY:-10G,default}" --concurrency "${CONCURRENCY:-1,4,16,64}" --seconds "${SECONDS_EACH:-7,7,9,12}" \
     --warmup-seconds "${WARMUP:-12}" --time-limit "${TIME_LIMIT:-450}" --start-seconds 120 --json "$out/serve.json" \
-    -- --model "$MODEL" "${options[@]}" --max-model-len 32768 --max-num-seqs 64 --max-num-batched-tokens 2048 "${more[@]}"
+    -- --model "$MODEL" "${options[@]}" --max-model-len 32768 --max-num-seqs 64 "${more[@]}"
 }
 code=0
 exec_bench || code=$?
