@@ -21,7 +21,7 @@ struct KernelFlags {
   std::vector<int> contexts = {2048, 8192, 32768};
   std::vector<int> batches = {1};
   std::vector<int> groups = {4, 8};
-  std::vector<std::string> formats = {"bf16", "k4v4", "k4v2", "k2v2", "75k2v2+25k4v4"};
+  std::vector<std::string> formats;
   int rows = 512;
   int kv_heads = 8;
   int head_dim = 128;
@@ -240,6 +240,8 @@ void AddKernelFlags(CLI::App* command, KernelFlags* flags) {
 
 Command AddAttention(CLI::App* bench, const char* name, const char* help, bool decode) {
   auto flags = std::make_shared<KernelFlags>();
+  for (int f = kFormats - 1; f >= 0; --f) flags->formats.emplace_back(Name(static_cast<Format>(f)));
+  flags->formats.emplace_back("75k2v2+25k4v4");
   if (!decode) {
     flags->contexts = {0, 2048, 8192};
     flags->groups = {4};
