@@ -74,6 +74,54 @@ const char* ClassOf(const std::string& name) {
   return "other kernels";
 }
 
+struct Profile {
+  std::string text;
+  Json json;
+};
+
+// Where the time of `runs` calls went, of one on average.
+template <typename Function>
+Profile Record(int runs, const Function& function) {
+  cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+  cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY);
+  Kernels().clear();
+  for (int i = 0; i < runs; ++i) function();
+  CUDA_OK(cudaDeviceSynchronize());
+  cuptiActivityFlushAll(1);
+  cuptiActivityDisable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+  cuptiActivityDisable(CUPTI_ACTIVITY_KIND_MEMCPY);
+  std::vector<Kernel> kernels = std::move(Kernels());
+  std::sort(kernels.begin(), kernels.end(),
+            [](const Kernel& a, const Kernel& b) { return a.begin < b.begin; });
+  // Kernels may overlap: each is charged for what no earlier one has covered.
+  std::map<std::string, double> split, by_name;
+  std::map<std::string, int> calls;
+  uint64_t covered = 0;
+  double busy = 0;
+  for (const Kernel& kernel : kernels) {
+    const uint64_t from = std::max(kernel.begin, covered);
+    const double ns = kernel.end > from ? static_cast<double>(kernel.end - from) : 0.0;
+    covered = std::max(covered, kernel.end);
+    busy += ns;
+    split[ClassOf(kernel.name)] += ns / runs;
+    by_name[kernel.name] += ns / runs;
+    ++calls[kernel.name];
+  }
+  const double span = kernels.empty() ? 0 : static_cast<double>(covered - kernels.front().begin) / runs;
+  split["idle"] = span - busy / runs;
+  Profile profile;
+  profile.json = {{"ms", span / 1e6}, {"launches", kernels.size() / static_cast<size_t>(runs)}};
+  for (const auto& [part, ns] : split) {
+    profile.text += fmt::format("{} {:.3f}, ", part, ns / 1e6);
+    profile.json["split_ms"][part] = ns / 1e6;
+  }
+  profile.text += fmt::format("profiled {:.3f}", span / 1e6);
+  for (const auto& [kernel, ns] : by_name) {
+    profile.json["kernels"][kernel] = {{"us", ns / 1e3}, {"calls", calls[kernel] / runs}};
+  }
+  return profile;
+}
+
 double Seconds(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
@@ -176,7 +224,7 @@ class Session {
   bool fits_ = true;
 };
 
-Status TimeImage(Model* model, const std::string& size) {
+Status TimeImage(Model* model, const std::string& size, Json* json) {
   int width = 0, height = 0;
   if (std::sscanf(size.c_str(), "%dx%d", &width, &height) != 2 || !model->config().vision) {
     return InvalidArgument("--image takes WIDTHxHEIGHT and a model with vision");
@@ -194,7 +242,10 @@ Status TimeImage(Model* model, const std::string& size) {
     model->Encode(patches, config);
     best = std::min(best, Seconds(begin, std::chrono::steady_clock::now()));
   }
-  fmt::print("image of {} x {} patches: {:.1f} ms\n", patches.grid_w, patches.grid_h, 1e3 * best);
+  const Profile profile = Record(1, [&] { model->Encode(patches, config); });
+  fmt::print("image of {} x {} patches: {:.1f} ms; {}\n", patches.grid_w, patches.grid_h, 1e3 * best,
+             profile.text);
+  *json = {{"patches", patches.grid_w * patches.grid_h}, {"ms", 1e3 * best}, {"profile", profile.json}};
   return OkStatus();
 }
 
@@ -215,7 +266,8 @@ Status Run(const Options& options) {
   if (cuptiActivityRegisterCallbacks(GiveBuffer, TakeBuffer) != CUPTI_SUCCESS)
     return Internal("CUPTI does not start");
   Json results = Json::array();
-  if (!options.image.empty()) RETURN_IF_ERROR(TimeImage(model.get(), options.image));
+  Json image;
+  if (!options.image.empty()) RETURN_IF_ERROR(TimeImage(model.get(), options.image, &image));
   for (const std::string& shape : options.shapes) {
     int sequences = 0, context = 0;
     if (std::sscanf(shape.c_str(), "%dx%d", &sequences, &context) != 2) {
@@ -237,61 +289,21 @@ Status Run(const Options& options) {
       const double bytes = static_cast<double>(model->decode_weight_bytes() + session.KvBytes());
       const double floor = bytes / bandwidth;
 
-      cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
-      cuptiActivityEnable(CUPTI_ACTIVITY_KIND_MEMCPY);
-      Kernels().clear();
-      constexpr int kProfiled = 6;
-      for (int i = 0; i < kProfiled; ++i) session.Step();
-      CUDA_OK(cudaDeviceSynchronize());
-      cuptiActivityFlushAll(1);
-      cuptiActivityDisable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
-      cuptiActivityDisable(CUPTI_ACTIVITY_KIND_MEMCPY);
-      std::vector<Kernel> kernels = std::move(Kernels());
-      std::sort(kernels.begin(), kernels.end(),
-                [](const Kernel& a, const Kernel& b) { return a.begin < b.begin; });
-      // Kernels may overlap: each is charged for what no earlier one has covered.
-      std::map<std::string, double> split, by_name;
-      std::map<std::string, int> calls;
-      uint64_t covered = 0;
-      double busy = 0;
-      for (const Kernel& kernel : kernels) {
-        const uint64_t from = std::max(kernel.begin, covered);
-        const double ns = kernel.end > from ? static_cast<double>(kernel.end - from) : 0.0;
-        covered = std::max(covered, kernel.end);
-        busy += ns;
-        split[ClassOf(kernel.name)] += ns / kProfiled;
-        by_name[kernel.name] += ns / kProfiled;
-        ++calls[kernel.name];
-      }
-      const double span =
-          kernels.empty() ? 0 : static_cast<double>(covered - kernels.front().begin) / kProfiled;
-      fmt::print("{:>9} {:>5}: step {:.3f} ms, floor {:.3f} ms ({:.1f}%)", shape, name, 1e3 * step,
-                 1e3 * floor, 100 * floor / step);
-      Json row = {{"sequences", sequences},
-                  {"context", context},
-                  {"format", name},
-                  {"step_ms", 1e3 * step},
-                  {"floor_ms", 1e3 * floor},
-                  {"profiled_step_ms", span / 1e6},
-                  {"launches", kernels.size() / kProfiled}};
-      for (const auto& [part, ns] : split) {
-        fmt::print("; {} {:.3f}", part, ns / 1e6);
-        row["split_ms"][part] = ns / 1e6;
-      }
-      const double idle = span - busy / kProfiled;
-      fmt::print("; idle {:.3f} of {:.3f} profiled ({:.1f}%)\n", idle / 1e6, span / 1e6,
-                 span > 0 ? 100 * idle / span : 0);
-      row["split_ms"]["idle"] = idle / 1e6;
-      for (const auto& [kernel, ns] : by_name) {
-        row["kernels"][kernel] = {{"us", ns / 1e3}, {"calls", calls[kernel] / kProfiled}};
-      }
+      const Profile profile = Record(6, [&] { session.Step(); });
+      fmt::print("{:>9} {:>5}: step {:.3f} ms, floor {:.3f} ms ({:.1f}%); {}\n", shape, name, 1e3 * step,
+                 1e3 * floor, 100 * floor / step, profile.text);
+      Json row = {{"sequences", sequences}, {"context", context},      {"format", name},
+                  {"step_ms", 1e3 * step},  {"floor_ms", 1e3 * floor}, {"profile", profile.json}};
       results.push_back(row);
       if (options.prefill > 0) {
-        session.Prefill(options.prefill);
+        // Until products of this size have been timed.
+        for (int i = 0; i < 4; ++i) session.Prefill(options.prefill);
         const double seconds = std::min(session.Prefill(options.prefill), session.Prefill(options.prefill));
-        fmt::print("{:>9} {:>5}: prefill of {} tokens {:.1f} ms, {:.0f} tokens/s\n", shape, name,
-                   options.prefill, 1e3 * seconds, options.prefill / seconds);
-        results.back()["prefill"] = {{"tokens", options.prefill}, {"ms", 1e3 * seconds}};
+        const Profile split = Record(1, [&] { session.Prefill(options.prefill); });
+        fmt::print("{:>9} {:>5}: prefill of {} tokens {:.1f} ms, {:.0f} tokens/s; {}\n", shape, name,
+                   options.prefill, 1e3 * seconds, options.prefill / seconds, split.text);
+        results.back()["prefill"] = {
+            {"tokens", options.prefill}, {"ms", 1e3 * seconds}, {"profile", split.json}};
       }
       std::fflush(stdout);
     }
@@ -300,6 +312,7 @@ Status Run(const Options& options) {
     return WriteFile(options.json, Json({{"device", CurrentDevice().name},
                                          {"copy_bytes_per_second", bandwidth},
                                          {"load_seconds", load},
+                                         {"image", image},
                                          {"results", results}})
                                        .dump(1));
   }

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kGraphRows[] = {1,  2,  3,  4,  6,  8,   12,  16,  20,  24,  32, 40,
                                   48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
 constexpr int64_t kMaxGraphRows = 256;
+constexpr int64_t kTunedRows = 512;    // steps of fewer rows take what cuBLASLt proposes first
 constexpr int64_t kLogitsChunk = 256;  // rows whose logits are on the device at a time
 
 int64_t GraphRows(int64_t rows) {
@@ -280,6 +281,8 @@ void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<
   std::copy(batch.logits_rows.begin(), batch.logits_rows.end(), host.logits_rows);
   std::copy(draws.begin(), draws.end(), host.draws);
   Reserve(rows, wanted);
+  // Full steps have one size, others any: those that come back are worth half a second.
+  if (rows >= kTunedRows && ++seen_[rows] == 3) Tune(rows);
   const Inputs in = LayOut(sizes, true);
   Upload();
   ConvertKv(geometry_, clip_, memory.region(), in.converts, in.convert_count,
@@ -372,7 +375,7 @@ void Decoder::Tune(int64_t rows) {
   tune(&Layer::o, attended_, hidden_);
   tune(&Layer::gate_up, normed_, gate_up_);
   tune(&Layer::down, inner_, hidden_);
-  linears_->Tune({&lm_head_, 1}, normed_.data(), rows, logits_.data(), stream_);
+  if (rows <= reserved_logits_) linears_->Tune({&lm_head_, 1}, normed_.data(), rows, logits_.data(), stream_);
 }
 
 void Decoder::DropGraphs() {
@@ -388,7 +391,7 @@ cudaGraphExec_t Decoder::GraphOf(int64_t rows, const CudaKvMemory& memory) {
   graph_region_ = region;
   cudaGraphExec_t& made = graphs_[rows];
   if (made != nullptr) return made;
-  if (tuned_.insert(rows).second) Tune(rows);
+  if (seen_[rows]++ == 0) Tune(rows);
 
   const Inputs in = LayOut({rows, rows, rows + 2, 0, rows}, true);
   cudaGraph_t graph = nullptr;

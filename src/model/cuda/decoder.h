@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <set>
 #include <span>
 #include <vector>
 
@@ -113,7 +112,7 @@ class Decoder {
   DeviceBuffer hidden_, cos_, sin_, normed_, qkv_, heads_, attended_, gate_up_, inner_, logits_, sampled_;
   StoreList stores_;                           // keeps its memory between steps
   std::map<int64_t, cudaGraphExec_t> graphs_;  // by rows
-  std::set<int64_t> tuned_;                    // rows that products have been timed for
+  std::map<int64_t, int> seen_;                // steps by rows, until products have been timed for them
   CacheRegion graph_region_;                   // the cache that they work on
 };
 
