@@ -21,7 +21,7 @@ trap 'rm -rf "$work"' EXIT
 if [[ $binary == *.tar.gz ]]; then
   tar -C "$work" -xzf "$binary"
   binary=$work/triaxial/bin/triaxial
-  export LD_LIBRARY_PATH=$work/triaxial/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  export LD_LIBRARY_PATH=$work/triaxial/lib:/usr/local/cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 options=()
 if [ -z "${MODEL:-}" ]; then

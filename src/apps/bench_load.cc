@@ -100,6 +100,7 @@ BenchGauges ReadGauges(std::string_view metrics) {
       {"kv_cache_usage_perc", &gauges.kv_usage},
       {"kv_bytes", &gauges.kv_bytes},
       {"kv_tokens", &gauges.kv_tokens},
+      {"kv_cached_tokens", &gauges.cached_tokens},
       {"kv_effective_bits", &gauges.effective_bits},
       {"generation_tokens_total", &gauges.generated},
       {"prefix_cache_queries_total", &gauges.prefix_queries},

@@ -26,7 +26,8 @@ struct BenchGauges {
   double seconds = 0;  // since the window began
   double running = -1, waiting = -1;
   double kv_usage = -1;                  // share of the arena, 0..1
-  double kv_bytes = -1, kv_tokens = -1;  // in use
+  double kv_bytes = -1, kv_tokens = -1;  // in use by requests
+  double cached_tokens = -1;             // kept for later requests
   double effective_bits = -1;
   double generated = -1;  // counters since the server started
   double prefix_queries = -1, prefix_hits = -1;

@@ -45,7 +45,7 @@ Json KvJson(const BenchWindow& window) {
     usage += g.kv_usage;
     bytes += std::max(0.0, g.kv_bytes);
     bits += g.effective_bits * g.kv_tokens;
-    most = std::max(most, g.kv_tokens);
+    most = std::max(most, g.kv_tokens + std::max(0.0, g.cached_tokens));
   }
   Json json = {{"request_bits", window.request_bits}};
   if (tokens <= 0) return json;
