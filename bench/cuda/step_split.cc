@@ -98,7 +98,11 @@ Profile Record(int runs, const Function& function) {
   std::map<std::string, int> calls;
   uint64_t covered = 0;
   double busy = 0;
+  double between = 0;  // in long gaps, where the host is waited for
+  constexpr uint64_t kLongGap = 10000;
   for (const Kernel& kernel : kernels) {
+    if (covered > 0 && kernel.begin > covered + kLongGap)
+      between += static_cast<double>(kernel.begin - covered);
     const uint64_t from = std::max(kernel.begin, covered);
     const double ns = kernel.end > from ? static_cast<double>(kernel.end - from) : 0.0;
     covered = std::max(covered, kernel.end);
@@ -108,7 +112,8 @@ Profile Record(int runs, const Function& function) {
     ++calls[kernel.name];
   }
   const double span = kernels.empty() ? 0 : static_cast<double>(covered - kernels.front().begin) / runs;
-  split["idle"] = span - busy / runs;
+  split["idle between steps"] = between / runs;
+  split["idle between kernels"] = span - (busy + between) / runs;
   Profile profile;
   profile.json = {{"ms", span / 1e6}, {"launches", kernels.size() / static_cast<size_t>(runs)}};
   for (const auto& [part, ns] : split) {

@@ -72,6 +72,12 @@ __device__ void LoadMatricesTransposed(uint32_t (&r)[4], const void* p) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(SharedAddress(p)));
 }
+// 2^x, flushing what is tiny.
+__device__ float PowerOfTwo(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ void MultiplyAdd(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -91,7 +97,7 @@ struct AttentionShared {
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kDim <= 80 ? 2 : 1)
     FullAttentionKernel(const uint16_t* qkv, int rows, int heads, int dim, float scale_log2, uint16_t* out) {
   using Shared = AttentionShared<kDim>;
   constexpr int kStride = Shared::kStride;
@@ -165,7 +171,8 @@ __global__ void __launch_bounds__(kWarps * 32)
       for (int j = 0; j < kKeys / 8; ++j) best = fmaxf(best, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      const float keep = exp2f((top[half] - best) * scale_log2);
+      const float keep = PowerOfTwo((top[half] - best) * scale_log2);
+      const float shift = best * scale_log2;
       top[half] = best;
       sum[half] *= keep;
 #pragma unroll
@@ -177,7 +184,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int c = 2 * half; c < 2 * half + 2; ++c) {
-          s[j][c] = exp2f((s[j][c] - best) * scale_log2);
+          s[j][c] = PowerOfTwo(s[j][c] * scale_log2 - shift);
           sum[half] += s[j][c];
         }
       }
