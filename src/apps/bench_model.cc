@@ -20,6 +20,8 @@
 #ifdef TRIAXIAL_CUDA
 #include "apps/bench_bandwidth.h"
 #include "apps/bench_trace.h"
+#include "ops/cuda/elementwise.h"
+#include "ops/cuda/kv_memory.h"
 #endif
 
 namespace triaxial {
@@ -96,6 +98,15 @@ class BenchSequences {
 
   // Small BF16 numbers, which are finite as FP16 metadata too.
   static Status Fill(KvMemory* memory) {
+#ifdef TRIAXIAL_CUDA
+    if (const auto* on_device = dynamic_cast<const cuda::CudaKvMemory*>(memory)) {
+      const cuda::CacheRegion region = on_device->region();
+      cuda::FillNormal(1, region.layer_bytes * region.layers / 2, reinterpret_cast<uint16_t*>(region.data),
+                       nullptr);
+      CUDA_OK(cudaDeviceSynchronize());
+      return OkStatus();
+    }
+#endif
     const auto layers = static_cast<size_t>(memory->geometry().num_layers);
     const auto row_bytes = static_cast<size_t>(UnitRowBytes(memory->geometry()));
     constexpr size_t kChunkBytes = size_t{256} << 20;

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -49,6 +50,7 @@ Result<std::unique_ptr<BenchServer>> BenchServer::Start(const std::vector<std::s
   const int output = open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (output < 0)
     return InvalidArgument("cannot write the server's log " + log + ": " + std::strerror(errno));
+  server->log_begin_ = static_cast<size_t>(std::max<off_t>(0, lseek(output, 0, SEEK_END)));
   std::vector<std::string> words = {"triaxial",        "serve",  "--host",
                                     "127.0.0.1",       "--port", std::to_string(server->endpoint_.port),
                                     "--drain-seconds", "0"};
@@ -87,7 +89,8 @@ bool BenchServer::Ended() {
 
 Status BenchServer::Describe(const std::string& what, const std::string& log) const {
   constexpr size_t kMost = 600;
-  std::string tail = ReadFile(log, size_t{64} << 20).ok() ? ReadFile(log, size_t{64} << 20).value() : "";
+  const Result<std::string> text = ReadFile(log, size_t{64} << 20);
+  std::string tail = text.ok() && text->size() > log_begin_ ? text->substr(log_begin_) : "";
   while (tail.ends_with('\n')) tail.pop_back();
   if (tail.size() > kMost) tail = "..." + tail.substr(tail.size() - kMost);
   return Internal(what + "; the end of " + log + ":\n" + tail);

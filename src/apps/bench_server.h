@@ -36,6 +36,7 @@ class BenchServer {
   pid_t process_ = -1;
   BenchEndpoint endpoint_;
   double start_seconds_ = 0;
+  size_t log_begin_ = 0;  // of this server's part of the log
 };
 
 }  // namespace triaxial
