@@ -11,6 +11,7 @@
 #include <string>
 
 #include "attention_testing.cuh"
+#include "ops/cuda/decode_attention_sm90.h"
 
 namespace triaxial::cuda {
 namespace {
@@ -155,16 +156,58 @@ std::map<std::string, double> ReadPeers(const std::string& path, std::map<std::s
   return best;
 }
 
+// Microseconds by number of splits, for the planner's constants (attention_plan.cc).
+void SweepSplits(const RandomStep& step, const KvGeometry& geometry, int num_heads, int layers) {
+  const DecodeMachine machine = {CurrentDevice().multiprocessors * kDecodeBlocksPerSm, kDecodeWarps};
+  DecodePlan plan;
+  PlanDecode(geometry, num_heads, machine, step.sequences(), &plan);
+  std::printf("  plan %d |", plan.items[0].splits);
+  for (const int splits : {1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64}) {
+    if (splits * static_cast<int>(step.sequences().size()) * geometry.num_kv_heads > 5 * machine.blocks)
+      break;
+    PlanDecode(geometry, num_heads, machine, step.sequences(), &plan, splits);
+    plan.items.resize(plan.items.size() + static_cast<size_t>(machine.blocks));
+    const DeviceBuffer table = ToDevice(plan.table), items = ToDevice(plan.items);
+    DeviceBuffer counters(4 * static_cast<size_t>(plan.counters + 1)),
+        out(static_cast<size_t>(plan.slots + 1) * 8 * 128 * 4),
+        sums(static_cast<size_t>(plan.slots + 1) * 8 * 8);
+    CUDA_OK(cudaMemset(counters.data(), 0, counters.size()));
+    double us[2];
+    for (const bool overlap : {false, true}) {
+      us[overlap] = TimeGraph(layers, [&](cudaStream_t stream) {
+        for (int i = 0; i < layers; ++i) {
+          LayerAttention layer = step.layer(i);
+          layer.overlap = overlap;
+          LaunchDecodeSm90({.layer = layer,
+                            .num_heads = num_heads,
+                            .num_kv_heads = geometry.num_kv_heads,
+                            .scale_log2 = layer.scale * 1.442695f,
+                            .table = table.data<KvBlockRef>(),
+                            .items = items.data<DecodeItem>(),
+                            .counters = counters.data<int>(),
+                            .partial_out = out.data<float>(),
+                            .partial_sums = sums.data<float2>()},
+                           geometry.head_dim, machine.blocks, stream);
+        }
+      });
+    }
+    std::printf(" %d:%.2f/%.2f", splits, us[0], us[1]);
+  }
+  std::printf("\n");
+}
+
 int Main(int argc, char** argv) {
   std::string out, peers_path, only_mix;
   Shape only = {};
   int group = 8;
-  bool decode = true;
+  bool decode = true, prefill = true, sweep = false;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string flag = argv[i], value = argv[i + 1];
     if (flag == "--out") out = value;
     if (flag == "--peers") peers_path = value;
     if (flag == "--mix") only_mix = value;
+    if (flag == "--only") decode = value == "decode", prefill = value == "prefill";
+    if (flag == "--sweep") sweep = value == "splits";
     if (flag == "--group") group = std::atoi(value.c_str());
     if (flag == "--shape" && std::sscanf(value.c_str(), "%dx%d", &only.batch, &only.context) != 2) return 2;
   }
@@ -194,30 +237,22 @@ int Main(int argc, char** argv) {
       std::vector<SequenceSpec> specs = {EvenSequence(shape.context, mix.weights, random)};
       for (const KvBlockRef& b : specs[0].blocks) bytes += BlockHeadBytes(geometry, b) * int64_t{8};
       bytes *= shape.batch;
-      // As many caches as take 512 MiB, ten times the L2.
-      const int copies = static_cast<int>(std::clamp<int64_t>((int64_t{512} << 20) / bytes + 1, 2, 64));
+      // One plan for many layers, as in a step; as many layers as take 512 MiB, ten times the L2.
+      const int layers = static_cast<int>(std::clamp<int64_t>((int64_t{512} << 20) / bytes + 1, 2, 64));
       specs.clear();
-      for (int i = 0; i < copies * shape.batch; ++i)
-        specs.push_back(EvenSequence(shape.context, mix.weights, random));
-      RandomStep step(geometry, num_heads, std::move(specs), 3);
-      std::vector<std::unique_ptr<Attention>> attentions;
-      for (int i = 0; i < copies; ++i) {
-        attentions.push_back(std::make_unique<Attention>(
-            geometry, num_heads,
-            AttentionLimits{
-                .sequences = shape.batch, .blocks = int64_t{shape.batch} * shape.context / 64, .rows = 64}));
-        attentions.back()->Plan(
-            std::span(step.sequences())
-                .subspan(static_cast<size_t>(i) * shape.batch, static_cast<size_t>(shape.batch)),
-            nullptr);
-      }
+      for (int i = 0; i < shape.batch; ++i) specs.push_back(EvenSequence(shape.context, mix.weights, random));
+      RandomStep step(geometry, num_heads, std::move(specs), 3, 1.0f, layers);
+      Attention attention(geometry, num_heads, step.limits());
+      attention.Plan(step.sequences(), nullptr);
       step.PoisonOutput();
-      LayerAttention layer = step.layer();
       double us[2];
       for (const bool overlap : {false, true}) {
-        layer.overlap = overlap;
-        us[overlap] = TimeGraph(copies, [&](cudaStream_t stream) {
-          for (const auto& attention : attentions) attention->RunDecode(layer, stream);
+        us[overlap] = TimeGraph(layers, [&](cudaStream_t stream) {
+          for (int i = layers - 1; i >= 0; --i) {
+            LayerAttention layer = step.layer(i);
+            layer.overlap = overlap;
+            attention.RunDecode(layer, stream);
+          }
         });
       }
       const RandomStep::Error error = step.Compare(64, 5);
@@ -239,6 +274,47 @@ int Main(int argc, char** argv) {
         if (peer == peers.end()) continue;
         std::printf(" %8.3f", us[0] / peer->second);
         json << ", \"ratio_to_" << type << "\": " << us[0] / peer->second << ", \"peer_" << type << "\": \""
+             << peer_names[key] << '"';
+      }
+      json << '}';
+      std::printf("%s\n", error.all <= 2e-3 ? "" : "  WRONG");
+      std::fflush(stdout);
+      if (!(error.all <= 2e-3)) std::printf("error %.2e\n", error.all);
+      if (sweep) SweepSplits(step, geometry, num_heads, layers);
+    }
+  }
+  // Chunks of a prompt over a prefix in the cache: rows, prefix. TFLOP/s count what the causal mask leaves.
+  const Shape chunks[] = {{2048, 0}, {2048, 30720}, {256, 30720}};
+  if (prefill)
+    std::printf("%-20s %11s %9s %9s %8s %8s\n", "prefill", "shape", "us", "TFLOP/s", "of bf16", "of fp8");
+  for (const Mix& mix : Mixes()) {
+    if (!prefill || (!only_mix.empty() && only_mix != mix.name)) continue;
+    for (const Shape& chunk : chunks) {
+      std::mt19937 random(7);
+      SequenceSpec spec = EvenSequence(chunk.context, mix.weights, random);
+      spec.rows = chunk.batch;
+      RandomStep step(geometry, num_heads, {spec}, 3);
+      Attention attention(geometry, num_heads, step.limits());
+      attention.Plan(step.sequences(), nullptr);
+      step.PoisonOutput();
+      const double us = TimeGraph(4, [&](cudaStream_t stream) {
+        for (int i = 0; i < 4; ++i) attention.RunPrefill(step.layer(), stream);
+      });
+      const RandomStep::Error error = step.Compare(256, 5);
+      const double rows = chunk.batch, pairs = rows * chunk.context + rows * (rows + 1) / 2;
+      const double flops = 4.0 * num_heads * geometry.head_dim * pairs / us * 1e6;
+      std::printf("%-20s %5dx%-5d %9.2f %9.1f", mix.name, chunk.batch, chunk.context, us, flops / 1e12);
+      json << (first ? "\n" : ",\n") << "    {\"kind\": \"prefill\", \"mix\": \"" << mix.name
+           << "\", \"rows\": " << chunk.batch << ", \"prefix\": " << chunk.context << ", \"group\": " << group
+           << ", \"us\": " << us << ", \"flops\": " << flops << ", \"error\": " << error.all;
+      first = false;
+      for (const char* type : {"bf16", "fp8"}) {
+        const std::string key = std::string("prefill ") + type + ' ' + std::to_string(chunk.batch) + 'x' +
+                                std::to_string(chunk.context);
+        const auto peer = peers.find(key);
+        if (peer == peers.end()) continue;
+        std::printf(" %8.3f", us / peer->second);
+        json << ", \"ratio_to_" << type << "\": " << us / peer->second << ", \"peer_" << type << "\": \""
              << peer_names[key] << '"';
       }
       json << '}';

@@ -236,11 +236,12 @@ struct SequenceSpec {
   std::vector<KvBlockRef> blocks;  // unit_row is chosen by RandomStep
 };
 
-// A step over a random cache. Blocks lie in the arena in random order.
+// A step over a random cache of so many layers, each with other values. Blocks lie in the arena in random
+// order.
 class RandomStep {
  public:
   RandomStep(const KvGeometry& geometry, int num_heads, std::vector<SequenceSpec> specs, uint32_t seed,
-             float query_scale = 1.0f)
+             float query_scale = 1.0f, int layers = 1)
       : geometry_(geometry), num_heads_(num_heads), specs_(std::move(specs)) {
     std::vector<KvBlockRef*> order;
     for (SequenceSpec& spec : specs_) {
@@ -255,7 +256,8 @@ class RandomStep {
       block->unit_row = static_cast<uint32_t>(units);
       units += BlockHeadBytes(geometry, *block) / kUnitBytes;
     }
-    arena_.Reserve(static_cast<size_t>(std::max<int64_t>(1, units)) * kUnitBytes * geometry.num_kv_heads);
+    layer_bytes_ = std::max<int64_t>(1, units) * kUnitBytes * geometry.num_kv_heads;
+    arena_.Reserve(static_cast<size_t>(layer_bytes_ * layers));
     for (const SequenceSpec& spec : specs_) {
       for (const KvBlockRef& block : spec.blocks) fill_.push_back(FillOf(block));
     }
@@ -263,8 +265,11 @@ class RandomStep {
     const int dim = geometry.head_dim;
     if (!fill_.empty()) {
       const size_t thread_blocks = fill_.size() * 2 * static_cast<size_t>(geometry.num_kv_heads);
-      FillCache<<<static_cast<unsigned>(thread_blocks), 256>>>(
-          arena_.data(), device_fill_.data<FillBlock>(), geometry.codec, dim, geometry.num_kv_heads, seed);
+      for (int layer = 0; layer < layers; ++layer) {
+        FillCache<<<static_cast<unsigned>(thread_blocks), 256>>>(
+            arena_.data() + layer * layer_bytes_, device_fill_.data<FillBlock>(), geometry.codec, dim,
+            geometry.num_kv_heads, seed + static_cast<uint32_t>(layer));
+      }
       CUDA_OK(cudaGetLastError());
     }
     // q, k and v are columns of one matrix.
@@ -287,6 +292,12 @@ class RandomStep {
   const std::vector<AttentionSequence>& sequences() const { return sequences_; }
   const LayerAttention& layer() const { return layer_; }
   LayerAttention& layer() { return layer_; }
+  // The same for the cache of another layer.
+  LayerAttention layer(int index) const {
+    LayerAttention layer = layer_;
+    layer.arena += index * layer_bytes_;
+    return layer;
+  }
   int rows() const { return rows_; }
   int64_t blocks() const { return static_cast<int64_t>(fill_.size()); }
   AttentionLimits limits() const {
@@ -391,6 +402,7 @@ class RandomStep {
   std::vector<AttentionSequence> sequences_;
   std::vector<FillBlock> fill_;
   int rows_ = 0;
+  int64_t layer_bytes_ = 0;
   DeviceBuffer arena_, device_fill_, qkv_, out_;
   LayerAttention layer_;
 };

@@ -1,9 +1,10 @@
 """Times the attention of this machine's own libraries on the shapes of bench/cuda/kernel_bench.cu, and writes JSON that it
 reads: the least time of each (kind, type, batch, context) is the peer of our kernels.
 
-  attention_peers.py --out peers.json [--only torch|fa3]
+  attention_peers.py --out peers.json [--only torch|cudnn|fa3]
 
-torch: scaled_dot_product_attention with its flash and cuDNN backends, BF16, replayed from CUDA graphs. fa3: FlashAttention-3
+torch: scaled_dot_product_attention with its flash and cuDNN backends, BF16, replayed from CUDA graphs.
+cudnn: cuDNN's FP8 (E4M3) attention through its Python frontend, if it can be imported, likewise. fa3: FlashAttention-3
 as packed by flash-attn3-jax, if it can be imported, BF16 and FP8 (E4M3); calls follow each other in one jitted function,
 so that times of short kernels contain some launch overhead and only large shapes are measured. Decode: 8 KV heads x 128,
 8 query heads each, one row a sequence. Each call has another cache, more than the L2 together.
@@ -22,31 +23,34 @@ def copies_of(batch, context, element):
     return max(2, min(64, (512 << 20) // size + 1))
 
 
+def graph_us(calls):
+    """Median microseconds of a call, replayed from one CUDA graph of all of them."""
+    import torch
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        times = []
+        for i in range(9):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2] * 1e3 / len(calls)
+
+
 def torch_peers(results):
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def graph_us(calls):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in calls[:2]:
-                call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                for call in calls:
-                    call()
-            times = []
-            for i in range(9):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                graph.replay()
-                end.record()
-                torch.cuda.synchronize()
-                if i >= 2:
-                    times.append(begin.elapsed_time(end))
-        return sorted(times)[len(times) // 2] * 1e3 / len(calls)
 
     def attempt(kind, name, batch, context, calls):
         try:
@@ -95,6 +99,72 @@ def torch_peers(results):
             attempt("prefill", f"{name}, heads repeated", rows, prefix, [lambda: call(*wide, False, bias)] * 3)
             if prefix:  # without a mask: a little more work than asked for
                 attempt("prefill", f"{name}, not causal", rows, prefix, [lambda: call(k, v, True, None)] * 3)
+
+
+def cudnn_peers(results):
+    import cudnn
+    import torch
+    handle = cudnn.create_handle()
+
+    def build(batch, q_heads, rows, context, order, causal):
+        def strides(heads, tokens):
+            if order == "bhsd":
+                return (heads * tokens * DIM, tokens * DIM, DIM, 1)
+            return (tokens * heads * DIM, DIM, heads * DIM, 1)
+        graph = cudnn.pygraph(io_data_type=cudnn.data_type.FP8_E4M3, intermediate_data_type=cudnn.data_type.FLOAT,
+                              compute_data_type=cudnn.data_type.FLOAT, handle=handle)
+        def tensor(heads, tokens):
+            return graph.tensor(dim=(batch, heads, tokens, DIM), stride=strides(heads, tokens),
+                                data_type=cudnn.data_type.FP8_E4M3)
+        q, k, v = tensor(q_heads, rows), tensor(KV_HEADS, context), tensor(KV_HEADS, context)
+        scales = [graph.tensor(dim=(1, 1, 1, 1), stride=(1, 1, 1, 1), data_type=cudnn.data_type.FLOAT) for _ in range(6)]
+        mask = {"diagonal_alignment": cudnn.diagonal_alignment.BOTTOM_RIGHT, "right_bound": 0} if causal else {}
+        out, _, amax_s, amax_o = graph.sdpa_fp8(
+            q=q, k=k, v=v, descale_q=scales[0], descale_k=scales[1], descale_v=scales[2], descale_s=scales[3],
+            scale_s=scales[4], scale_o=scales[5], attn_scale=DIM ** -0.5, generate_stats=False, **mask)
+        out.set_output(True).set_dim((batch, q_heads, rows, DIM)).set_stride(strides(q_heads, rows))
+        out.set_data_type(cudnn.data_type.FP8_E4M3)
+        for amax in (amax_s, amax_o):
+            amax.set_output(True).set_dim((1, 1, 1, 1)).set_stride((1, 1, 1, 1)).set_data_type(cudnn.data_type.FLOAT)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+        one = torch.ones(1, 1, 1, 1, device="cuda")
+        workspace = torch.empty(max(1, graph.get_workspace_size()), device="cuda", dtype=torch.uint8)
+        amaxes = torch.zeros(2, 1, 1, 1, 1, device="cuda")
+        def random(heads, tokens):
+            return torch.randn(batch * heads * tokens * DIM, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
+        rows_q, rows_out = random(q_heads, rows), random(q_heads, rows)
+        def call(cache):
+            cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+            graph.execute({q: rows_q, k: cache[0], v: cache[1], out: rows_out, amax_s: amaxes[0], amax_o: amaxes[1],
+                           **{scale: one for scale in scales}}, workspace, handle=handle)
+        return call, lambda: (random(KV_HEADS, context), random(KV_HEADS, context))
+
+    def attempt(kind, name, batch, context, q_heads, rows, tokens, order, causal, copies):
+        try:
+            call, cache = build(1 if kind == "prefill" else batch, q_heads, rows, tokens, order, causal)
+            caches = [cache() for _ in range(copies)]
+            us = graph_us([lambda c=c: call(c) for c in caches])
+        except Exception as error:
+            print(f"{kind} {name} {batch}x{context}: {str(error).splitlines()[0][:160]}")
+            return
+        results.append({"kind": kind, "type": "fp8", "peer": name, "batch": batch, "context": context, "us": us})
+
+    for batch, context in DECODE:
+        for order in ("bhsd", "bshd"):
+            copies = copies_of(batch, context, 1)
+            attempt("decode", f"cuDNN FP8, {order}", batch, context, KV_HEADS * GROUP, 1, context, order, False, copies)
+            attempt("decode", f"cuDNN FP8, {order}, group as rows", batch, context, KV_HEADS, GROUP, context, order, False,
+                    copies)
+    for rows, prefix in PREFILL:
+        for causal in (True, False):
+            if not causal and prefix == 0:
+                continue
+            attempt("prefill", f"cuDNN FP8{'' if causal else ', not causal'}", rows, prefix, KV_HEADS * GROUP, rows,
+                    prefix + rows, "bshd", causal, 2)
 
 
 def fa3_peers(results):
@@ -171,10 +241,10 @@ def fa3_peers(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", choices=("torch", "fa3"))
+    parser.add_argument("--only", choices=("torch", "cudnn", "fa3"))
     args = parser.parse_args()
     results = []
-    for name, run in (("torch", torch_peers), ("fa3", fa3_peers)):
+    for name, run in (("torch", torch_peers), ("cudnn", cudnn_peers), ("fa3", fa3_peers)):
         if args.only in (None, name):
             try:
                 run(results)

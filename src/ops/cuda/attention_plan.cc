@@ -9,8 +9,16 @@ namespace {
 
 constexpr int kClasses = 5;  // k2v2, k4v2, k4v4, fp8, bf16
 constexpr std::array<int, kClasses> kPieces = {1, 1, 1, 2, 4};
-// What a block of each class costs, in blocks of k2v2 (measured where many thread blocks share the memory).
-constexpr std::array<double, kClasses> kWeights = {1.0, 1.45, 1.9, 3.7, 7.2};
+// What a block of each class costs, in blocks of k2v2: where many thread blocks share the memory, and where
+// one has a multiprocessor for itself and waits for its own instructions (both measured; docs/kernels.md has
+// the times).
+constexpr std::array<double, kClasses> kShared = {1.0, 1.45, 1.85, 3.6, 6.9};
+constexpr std::array<double, kClasses> kAlone = {1.0, 1.2, 1.2, 1.6, 2.4};
+
+struct Cost {
+  double shared = 0;
+  double alone = 0;
+};
 
 int ClassOf(Format format) {
   switch (Bits(format, Side::kK)) {
@@ -25,15 +33,16 @@ int ClassOf(Format format) {
   }
 }
 
-double WeightOf(const KvBlockRef& block) {
-  const double weight = kWeights[static_cast<size_t>(ClassOf(block.format))];
-  return block.format == Format::kBf16 ? weight * ((block.tokens + 15) / 16) / 4 : weight;
+Cost CostOf(const KvBlockRef& block) {
+  const auto c = static_cast<size_t>(ClassOf(block.format));
+  const double part = block.format == Format::kBf16 ? ((block.tokens + 15) / 16) / 4.0 : 1.0;
+  return {kShared[c] * part, kAlone[c] * part};
 }
 
-// Microseconds, measured (docs/kernels.md): a round of pieces of k2v2, alone and among as many thread blocks
-// as fit; what an item costs besides; what merging its splits costs.
-constexpr double kRoundAlone = 0.8, kRoundFull = 2.4, kItemCost = 2.0, kMergeCost = 1.5,
-                 kMergeCostPerSplit = 0.06;
+// Microseconds, measured as the weights: a round of one k2v2 block for each warp, among as many thread blocks
+// as fit and alone; what an item costs besides; what merging splits costs.
+constexpr double kRoundShared = 2.4, kRoundAlone = 1.35, kItemCost = 7.0, kMergeCost = 2.0;
+constexpr double kUneven = 1.35, kCrowded = 1.75;
 constexpr int kMaxSplits = 64;
 // Items beyond one for each head, for each thread block that runs at a time: bounds the workspace.
 constexpr int kExtraItems = 4;
@@ -45,23 +54,32 @@ int SplitsFor(double weight, double share, size_t blocks) {
       std::clamp(splits, 1.0, static_cast<double>(std::clamp<size_t>(blocks, 1, kMaxSplits))));
 }
 
-// Time of a step whose sequences are cut into items of at most `share` weight, by playing through the
-// schedule: items are taken heaviest first by whoever is free. `lanes`: how many items of each (sequence,
-// head) pair run at a time.
-double Simulate(const std::vector<double>& weights, const std::vector<size_t>& blocks, double share,
-                int pairs, const DecodeMachine& machine, std::vector<double>* lanes,
-                std::vector<double>* costs) {
+// A sequence to be cut.
+struct Work {
+  Cost cost;
+  size_t blocks = 0;
+  int pieces = 0;
+};
+
+// Time of a step whose sequences are cut into items of at most `share`, by playing through the schedule:
+// items are taken heaviest first by whoever is free. `pairs`: KV heads (and parts of their groups), which all
+// have the same items.
+double Simulate(const std::vector<Work>& work, double share, int pairs, const DecodeMachine& machine,
+                std::vector<double>* lanes, std::vector<double>* costs) {
   costs->clear();
   int items = 0;
-  for (size_t i = 0; i < weights.size(); ++i) items += SplitsFor(weights[i], share, blocks[i]);
-  const double busy = std::min(1.0, static_cast<double>(items) * pairs / machine.blocks);
-  const double round = std::max(kRoundAlone, kRoundFull * busy);
-  double merge = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int splits = SplitsFor(weights[i], share, blocks[i]);
-    const double rounds = std::ceil(std::max(1.0, weights[i] / splits) / machine.warps - 1e-6);
-    costs->insert(costs->end(), static_cast<size_t>(splits), rounds * round + kItemCost);
-    if (splits > 1) merge = std::max(merge, kMergeCost + kMergeCostPerSplit * splits);
+  for (const Work& w : work) items += SplitsFor(w.cost.shared, share, w.blocks) * pairs;
+  // Blocks of a small grid are not spread evenly: some multiprocessors get two while others have none.
+  const double busy = std::min(1.0, kUneven * items / machine.blocks);
+  const double alone = kRoundAlone * (4 * items > machine.blocks ? kCrowded : 1.0);
+  bool merges = false;
+  for (const Work& w : work) {
+    const int splits = SplitsFor(w.cost.shared, share, w.blocks);
+    const double rounds = std::ceil(static_cast<double>(w.pieces) / splits / machine.warps - 1e-6);
+    const double of_a_piece = rounds / std::max(1, w.pieces);
+    const double time = of_a_piece * std::max(w.cost.shared * kRoundShared * busy, w.cost.alone * alone);
+    costs->insert(costs->end(), static_cast<size_t>(splits), time + kItemCost);
+    merges |= splits > 1;
   }
   std::sort(costs->begin(), costs->end(), std::greater<>());
   lanes->assign(static_cast<size_t>(std::max(1, machine.blocks / pairs)), 0.0);
@@ -72,33 +90,29 @@ double Simulate(const std::vector<double>& weights, const std::vector<size_t>& b
     end = std::max(end, lanes->back());
     std::push_heap(lanes->begin(), lanes->end(), std::greater<>());
   }
-  return end + merge;
+  return end + (merges ? kMergeCost : 0);
 }
 
 // The weight of an item at which the step is shortest.
-double BestShare(const std::vector<double>& weights, const std::vector<size_t>& blocks, int pairs,
-                 const DecodeMachine& machine) {
-  const double most = std::max(1.0, *std::max_element(weights.begin(), weights.end()));
-  double total = 0;
-  for (const double weight : weights) total += weight;
+double BestShare(const std::vector<Work>& work, int pairs, const DecodeMachine& machine) {
+  double most = 1, total = 0;
+  for (const Work& w : work) most = std::max(most, w.cost.shared), total += w.cost.shared;
   std::vector<double> lanes, costs;
-  double best = most, best_time = Simulate(weights, blocks, most, pairs, machine, &lanes, &costs);
+  double best = most, best_time = Simulate(work, most, pairs, machine, &lanes, &costs);
   const auto attempt = [&](double share) {
     int64_t items = 0;
-    for (size_t i = 0; i < weights.size(); ++i)
-      items += int64_t{SplitsFor(weights[i], share, blocks[i])} * pairs;
-    if (items > static_cast<int64_t>(weights.size()) * pairs + kExtraItems * machine.blocks) return;
-    const double time = Simulate(weights, blocks, share, pairs, machine, &lanes, &costs);
+    for (const Work& w : work) items += int64_t{SplitsFor(w.cost.shared, share, w.blocks)} * pairs;
+    if (items > static_cast<int64_t>(work.size()) * pairs + kExtraItems * machine.blocks) return;
+    const double time = Simulate(work, share, pairs, machine, &lanes, &costs);
     if (time < best_time) best_time = time, best = share;
   };
-  // The longest sequence in so many parts; more parts than thread blocks are of no use.
-  const int limit = std::clamp(2 * machine.blocks / pairs, 1, kMaxSplits);
-  for (int parts = 2; parts <= limit && most / parts >= 1; parts += 1 + parts / 16) attempt(most / parts);
-  // Even shares of the whole, in whole rounds of the machine.
-  const double lanes_count = std::max(1, machine.blocks / pairs);
-  for (int rounds = 1; rounds <= 4; ++rounds) {
-    const double share = total / (lanes_count * rounds);
-    if (share >= 1 && share < most && most / share <= kMaxSplits) attempt(share * 1.02);
+  // The longest sequence in so many parts.
+  for (int parts = 2; parts <= kMaxSplits && most / parts >= 1; parts += 1 + parts / 16)
+    attempt(most / parts);
+  // Even shares of the whole, for those who run at a time.
+  const double even = total * pairs / machine.blocks;
+  for (const double share : {even, even * 1.1, even * 1.25}) {
+    if (share < most) attempt(share);
   }
   return best;
 }
@@ -123,15 +137,16 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
     std::array<int, kClasses> counts;
   };
   std::vector<Sequence> decoding;
-  std::vector<double> weights;
-  std::vector<size_t> blocks;
+  std::vector<Work> work;
   for (const AttentionSequence& sequence : sequences) {
     if (sequence.rows != 1) continue;
     Sequence s = {sequence.row_begin, static_cast<int32_t>(plan->table.size()), sequence.blocks.size(), {}};
-    double weight = 0;
+    Work w = {{}, s.blocks, 0};
     for (const KvBlockRef& block : sequence.blocks) {
       ++s.counts[static_cast<size_t>(ClassOf(block.format))];
-      weight += WeightOf(block);
+      const Cost cost = CostOf(block);
+      w.cost.shared += cost.shared, w.cost.alone += cost.alone;
+      w.pieces += kPieces[static_cast<size_t>(ClassOf(block.format))];
     }
     std::array<size_t, kClasses> next;
     size_t at = plan->table.size();
@@ -144,16 +159,16 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
       plan->table[next[static_cast<size_t>(ClassOf(block.format))]++] = block;
     }
     decoding.push_back(s);
-    weights.push_back(weight);
-    blocks.push_back(s.blocks);
+    work.push_back(w);
   }
   if (decoding.empty()) return;
 
   const int group = num_heads / geometry.num_kv_heads;
   const int parts = (group + kItemHeads - 1) / kItemHeads;
   const int pairs = geometry.num_kv_heads * parts;
-  const double share = splits > 0 ? *std::max_element(weights.begin(), weights.end()) / splits
-                                  : BestShare(weights, blocks, pairs, machine);
+  double most = 0;
+  for (const Work& w : work) most = std::max(most, w.cost.shared);
+  const double share = splits > 0 ? most / splits : BestShare(work, pairs, machine);
   struct Cut {
     double weight;
     DecodeItem item;
@@ -161,18 +176,18 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
   std::vector<Cut> cuts;
   for (size_t i = 0; i < decoding.size(); ++i) {
     const Sequence& s = decoding[i];
-    const int count = SplitsFor(weights[i], share, s.blocks);
+    const int count = SplitsFor(work[i].cost.shared, share, s.blocks);
     size_t begin = 0;
     double passed = 0;
     for (int split = 0; split < count; ++split) {
-      const double until = weights[i] * (split + 1) / count;
+      const double until = work[i].cost.shared * (split + 1) / count;
       Cut cut = {
           0, {.row = s.row, .table = s.table + static_cast<int32_t>(begin), .split = split, .splits = count}};
       std::array<int, kClasses> counts = {};
       size_t end = begin;
       while (end < s.blocks) {
         const KvBlockRef& block = plan->table[static_cast<size_t>(s.table) + end];
-        const double weight = WeightOf(block);
+        const double weight = CostOf(block).shared;
         if (split + 1 < count && passed + weight / 2 > until) break;
         passed += weight;
         cut.weight += weight;

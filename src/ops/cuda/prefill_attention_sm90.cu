@@ -56,76 +56,152 @@ __device__ __forceinline__ PrefillItem LoadItem(const PrefillParams& p, int inde
   return {.row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y};
 }
 
+// A walk over the tiles of all items of this thread block: of each, its blocks, then tiles of rows of the
+// step.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const PrefillParams& p, int group)
+      : p_(p), group_(group), index_(static_cast<int>(blockIdx.x)) {
+    Begin();
+  }
+  __device__ __forceinline__ bool done() const { return item_.rows == 0; }
+  __device__ __forceinline__ const PrefillItem& item() const { return item_; }
+  __device__ __forceinline__ int tile() const { return tile_; }
+  // Of a tile of rows: the first of them, counted from the sequence's first.
+  __device__ __forceinline__ bool is_block() const { return tile_ < item_.blocks; }
+  __device__ __forceinline__ int first_row() const { return (tile_ - item_.blocks) * kTileTokens64; }
+  __device__ __forceinline__ void Advance() {
+    if (++tile_ < tiles_) return;
+    index_ += static_cast<int>(gridDim.x);
+    Begin();
+  }
+
+ private:
+  __device__ __forceinline__ void Begin() {
+    item_ = LoadItem(p_, index_);
+    tile_ = 0;
+    tiles_ = item_.rows == 0 ? 0 : item_.blocks + TilesOfRows(LastRow(item_, group_));
+  }
+
+  const PrefillParams& p_;
+  const int group_;
+  int index_, tile_, tiles_;
+  PrefillItem item_;
+};
+
+// One warp brings what the tiles are made of into shared memory, as it lies in global memory: a block, or
+// keys and then values of up to 64 rows.
+template <int kDim>
+class Copier {
+ public:
+  __device__ __forceinline__ Copier(const PrefillParams& p, uint32_t base, int group)
+      : p_(p), base_(base), walk_(p, group) {}
+
+  __device__ __forceinline__ void CopyNext() {
+    if (walk_.done()) return;
+    const int lane = threadIdx.x & 31;
+    const PrefillItem& item = walk_.item();
+    const uint32_t barrier = base_ + L::kRawFull + ring_.stage * 8,
+                   to = base_ + L::kRaw + ring_.stage * L::kRawBytes;
+    if (walk_.is_block()) {
+      // Each lane knows one of the next 32 blocks.
+      if (walk_.tile() % 32 == 0) {
+        const int block = walk_.tile() + lane;
+        if (block < item.blocks)
+          block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + block);
+      }
+      const uint32_t unit_row = __shfl_sync(~0u, block_.x, walk_.tile() % 32);
+      const uint32_t what =
+          __shfl_sync(~0u, block_.y, walk_.tile() % 32);  // tokens, capacity, bits of keys, of values
+      if (lane == 0) {
+        const int capacity = static_cast<int>(what >> 8 & 0xff);
+        const int bytes = SideSize(p_.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity) +
+                          SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
+        const uint8_t* from =
+            p_.layer.arena +
+            static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p_.num_kv_heads * kUnitBytes) +
+            static_cast<uint32_t>(item.kv_head * bytes);
+        StoreShared4(base_ + L::kRawBlocks + ring_.stage * 4, what);
+        BarrierExpect(barrier, static_cast<uint32_t>(bytes));
+        BulkLoad(to, from, static_cast<uint32_t>(bytes), barrier);
+      }
+    } else {
+      const int first = walk_.first_row(), rows = min(item.rows - first, kTileTokens64);
+      constexpr uint32_t kRowBytes = kDim * 2;
+      if (lane == 0) BarrierExpect(barrier, static_cast<uint32_t>(rows) * 2 * kRowBytes);
+      __syncwarp();
+      for (int row = lane; row < rows; row += 32) {
+        const int64_t at = (item.row_begin + first + row) * p_.layer.kv_stride + item.kv_head * kDim;
+        BulkLoad(to + row * kRowBytes, p_.layer.k + at, kRowBytes, barrier);
+        BulkLoad(to + (kTileTokens64 + row) * kRowBytes, p_.layer.v + at, kRowBytes, barrier);
+      }
+    }
+    ring_.Advance();
+    walk_.Advance();
+  }
+
+ private:
+  using L = SharedLayout<kDim>;
+  const PrefillParams& p_;
+  const uint32_t base_;
+  Walk walk_;
+  Ring<kRawStages> ring_;
+  uint2 block_ = {};
+};
+
 // Fills the tiles of all items of this thread block.
 template <int kDim>
 __device__ __forceinline__ void Produce(const PrefillParams& p, uint8_t* shared, int group) {
   using L = SharedLayout<kDim>;
   const uint32_t base = SharedAddress(shared);
-  const bool leader = threadIdx.x % kExpandThreads == 0;
-  Ring<kStages> tile_ring;
-  Ring<kRawStages> raw_ring, copy_ring;
-  for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
-    const PrefillItem item = LoadItem(p, index);
-    if (item.rows == 0) return;
-    const auto* table = reinterpret_cast<const uint2*>(p.table) + item.table;
-    const auto copy = [&](int block) {
-      if (block < item.blocks && leader) {
-        const uint2 ref = __ldg(table + block);  // unit_row; tokens, capacity, bits of keys, of values
-        const int capacity = ref.y >> 8 & 0xff;
-        const int bytes = SideSize(p.codec, kDim, static_cast<int>(ref.y >> 16 & 0xff), capacity) +
-                          SideSize(p.codec, kDim, static_cast<int>(ref.y >> 24), capacity);
-        const uint8_t* from =
-            p.layer.arena +
-            static_cast<uint64_t>(ref.x) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
-            static_cast<uint32_t>(item.kv_head * bytes);
-        const uint32_t barrier = base + L::kRawFull + copy_ring.stage * 8;
-        StoreShared4(base + L::kRawBlocks + copy_ring.stage * 4, ref.y);
-        BarrierExpect(barrier, static_cast<uint32_t>(bytes));
-        BulkLoad(base + L::kRaw + copy_ring.stage * L::kRawBytes, from, static_cast<uint32_t>(bytes),
-                 barrier);
-      }
-      if (block < item.blocks) copy_ring.Advance();
-    };
-    for (int i = 0; i < kRawStages; ++i) copy(i);
-    const int row_tiles = TilesOfRows(LastRow(item, group));
-    for (int tile = 0; tile < item.blocks + row_tiles; ++tile) {
-      const int stage = tile_ring.stage;
-      const uint32_t keys = base + L::kKeys + stage * L::kTileBytes,
-                     values = base + L::kValues + stage * L::kTileBytes;
-      const uint32_t free_parity = tile_ring.parity ^ 1;
-      if (tile < item.blocks) {
-        BarrierWait(base + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
-        const uint32_t ref = LoadShared4(base + L::kRawBlocks + raw_ring.stage * 4);
-        const uint8_t* raw = shared + L::kRaw + raw_ring.stage * L::kRawBytes;
-        const int capacity = static_cast<int>(ref >> 8 & 0xff), k_bits = static_cast<int>(ref >> 16 & 0xff);
-        BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
-        ExpandKeysOf<kDim>(p.codec, k_bits, raw, capacity / 16, keys);
-        if (leader) StoreShared4(base + L::kTokens + stage * 4, ref & 0xff);
-        FenceProxyAsync();
-        BarrierArrive(base + L::kKeysFull + stage * 8);
-        BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
-        ExpandValuesOf<kDim>(p.codec, static_cast<int>(ref >> 24),
-                             raw + SideSize(p.codec, kDim, k_bits, capacity), capacity / 16, values);
-        FenceProxyAsync();
-        BarrierArrive(base + L::kValuesFull + stage * 8);
-        raw_ring.Advance();
-        asm volatile("bar.sync 1, %0;" ::"n"(kExpandThreads) : "memory");  // all have read the block
-        copy(tile + kRawStages);
-      } else {
-        const int row = (tile - item.blocks) * kTileTokens64, rows = item.rows - row;
-        const int64_t at = (item.row_begin + row) * p.layer.kv_stride + item.kv_head * kDim;
-        BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
-        RowsToKeys<kDim>(p.layer.k + at, p.layer.kv_stride, rows, keys);
-        if (leader) StoreShared4(base + L::kTokens + stage * 4, kTileTokens64);
-        FenceProxyAsync();
-        BarrierArrive(base + L::kKeysFull + stage * 8);
-        BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
-        RowsToValues<kDim>(p.layer.v + at, p.layer.kv_stride, rows, values);
-        FenceProxyAsync();
-        BarrierArrive(base + L::kValuesFull + stage * 8);
-      }
-      tile_ring.Advance();
+  const bool copies = threadIdx.x % kExpandThreads < 32, leader = threadIdx.x % kExpandThreads == 0;
+  Copier<kDim> copier(p, base, group);
+  if (copies) {
+    for (int i = 0; i < kRawStages; ++i) copier.CopyNext();
+  }
+  // What this warp has written may be multiplied once the other warps have said so, too.
+  const auto publish = [&](int barriers, int stage) {
+    FenceProxyAsync();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArrive(base + barriers + stage * 8);
+  };
+  Ring<kStages> ring;
+  Ring<kRawStages> raw_ring;
+  for (Walk walk(p, group); !walk.done(); walk.Advance()) {
+    const int stage = ring.stage;
+    const uint32_t keys = base + L::kKeys + stage * L::kTileBytes,
+                   values = base + L::kValues + stage * L::kTileBytes;
+    const uint8_t* raw = shared + L::kRaw + raw_ring.stage * L::kRawBytes;
+    const uint32_t free_parity = ring.parity ^ 1;
+    BarrierWait(base + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
+    uint32_t what = 0;
+    int rows = 0;
+    if (walk.is_block()) {
+      what = LoadShared4(base + L::kRawBlocks + raw_ring.stage * 4);
+    } else {
+      rows = min(walk.item().rows - walk.first_row(), kTileTokens64);
     }
+    const int capacity = static_cast<int>(what >> 8 & 0xff), k_bits = static_cast<int>(what >> 16 & 0xff);
+    BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
+    if (walk.is_block()) {
+      ExpandKeysOf<kDim>(p.codec, k_bits, raw, capacity / 16, keys);
+    } else {
+      RowsToKeys<kDim>(SharedAddress(raw), keys);
+    }
+    if (leader) StoreShared4(base + L::kTokens + stage * 4, walk.is_block() ? what & 0xff : kTileTokens64);
+    publish(L::kKeysFull, stage);
+    BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
+    if (walk.is_block()) {
+      ExpandValuesOf<kDim>(p.codec, static_cast<int>(what >> 24),
+                           raw + SideSize(p.codec, kDim, k_bits, capacity), capacity / 16, values);
+    } else {
+      RowsToValues<kDim>(SharedAddress(raw) + kTileTokens64 * kDim * 2, rows, values);
+    }
+    publish(L::kValuesFull, stage);
+    asm volatile("bar.sync 1, %0;" ::"n"(kExpandThreads) : "memory");  // all have read what was brought
+    if (copies) copier.CopyNext();
+    ring.Advance();
+    raw_ring.Advance();
   }
 }
 
@@ -381,8 +457,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRawStages; ++i) BarrierInit(base + L::kRawFull + i * 8, 1);
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(base + L::kKeysFull + i * 8, kExpandThreads);
-      BarrierInit(base + L::kValuesFull + i * 8, kExpandThreads);
+      BarrierInit(base + L::kKeysFull + i * 8, kExpandThreads / 32);
+      BarrierInit(base + L::kValuesFull + i * 8, kExpandThreads / 32);
       BarrierInit(base + L::kKeysFree + i * 8, 8);  // warps of both consumers
       BarrierInit(base + L::kValuesFree + i * 8, 8);
     }
@@ -391,10 +467,10 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   }
   __syncthreads();
   if (threadIdx.x >= 2 * 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 136;");
     Produce<kDim>(p, shared, group);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
     Consumer<kDim>(p, shared, group).Run();
   }
 }

@@ -193,14 +193,13 @@ __device__ __noinline__ void ExpandPaper(const uint8_t* raw, int bits, Side side
   }
 }
 
-// Up to 64 rows of the step; `from` is the first one's key, the others `stride` apart. Rows past `rows` count
-// as zero.
+// 64 rows of the step, BF16, one after the other in shared memory.
 template <int kDim>
-__device__ __forceinline__ void RowsToKeys(const uint16_t* from, int64_t stride, int rows, uint32_t keys) {
+__device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys) {
+#pragma unroll 4
   for (int item = threadIdx.x % kExpandThreads; item < 64 * kDim / 8; item += kExpandThreads) {
     const int channel = item % (kDim / 8) * 8, token = item / (kDim / 8);
-    uint4 w = {};
-    if (token < rows) w = *reinterpret_cast<const uint4*>(from + token * stride + channel);
+    const uint4 w = LoadShared16(rows + (token * kDim + channel) * 2);
     const int row = PositionOf(token);
     const uint32_t pairs[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -210,14 +209,17 @@ __device__ __forceinline__ void RowsToKeys(const uint16_t* from, int64_t stride,
     }
   }
 }
+// Rows past `count` were not brought and are zero.
 template <int kDim>
-__device__ __forceinline__ void RowsToValues(const uint16_t* from, int64_t stride, int rows,
-                                             uint32_t values) {
+__device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t values) {
+#pragma unroll 2
   for (int item = threadIdx.x % kExpandThreads; item < 32 * kDim / 8; item += kExpandThreads) {
-    const int token = item % 32 * 2, channel = item / 32 * 8;
+    // A warp has 8 pairs of tokens and 4 pieces of 8 channels, for the sake of the banks.
+    const int token = (item / 4 % 8 + item / kDim * 8) * 2;
+    const int channel = (item % 4 + item / 32 % (kDim / 32) * 4) * 8;
     uint4 a = {}, b = {};
-    if (token < rows) a = *reinterpret_cast<const uint4*>(from + token * stride + channel);
-    if (token + 1 < rows) b = *reinterpret_cast<const uint4*>(from + (token + 1) * stride + channel);
+    if (token < count) a = LoadShared16(rows + (token * kDim + channel) * 2);
+    if (token + 1 < count) b = LoadShared16(rows + ((token + 1) * kDim + channel) * 2);
     const uint32_t first[4] = {a.x, a.y, a.z, a.w}, second[4] = {b.x, b.y, b.z, b.w};
     const int position = PositionOf(token);
 #pragma unroll
