@@ -367,7 +367,7 @@ CASE(StoresOfDecode) {
   }
 }
 
-// Blocks from every format to every lower one, all layers at once.
+// Blocks from every format to every lower one, all layers at once, elsewhere and in place.
 CASE(Conversions) {
   for (const Case& test : Cases()) {
     const KvGeometry& g = test.geometry;
@@ -389,6 +389,19 @@ CASE(Conversions) {
         row += static_cast<uint32_t>(UnitsOf(g, static_cast<Format>(from)));
         converts.push_back({begin, row, static_cast<Format>(from), static_cast<Format>(to)});
         row += static_cast<uint32_t>(UnitsOf(g, static_cast<Format>(to)));
+      }
+    }
+    // The same in place, where the head's bytes become fewer.
+    for (int from = 1; from < kFormats; ++from) {
+      for (int to = 0; to < from; ++to) {
+        stores.push_back({.unit_row = row,
+                          .tail_row = row,
+                          .row_begin = 0,
+                          .from_tail = 0,
+                          .rows = 64,
+                          .format = static_cast<Format>(from)});
+        converts.push_back({row, row, static_cast<Format>(from), static_cast<Format>(to)});
+        row += static_cast<uint32_t>(UnitsOf(g, static_cast<Format>(from)));
       }
     }
     EXPECT(row <= kRows, "%u rows", row);

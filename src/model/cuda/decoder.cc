@@ -108,7 +108,6 @@ bool Decoder::IsDecode(const Batch& batch) {
 
 void Decoder::Forward(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
                       int32_t* tokens, float* logits) {
-  if (batch.rows() == 0) return;
   CHECK(draws.empty() || draws.size() == batch.logits_rows.size());
   for (const int32_t token : batch.tokens) CHECK(token >= 0 && token < config_.vocab_size);
   for (const int32_t row : batch.logits_rows) CHECK(row >= 0 && row < batch.rows());
@@ -287,6 +286,10 @@ void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<
   Upload();
   ConvertKv(geometry_, clip_, memory.region(), in.converts, in.convert_count,
             static_cast<int>(batch.converts.size()), stream_);
+  if (rows == 0) {  // a step that only converts
+    CUDA_OK(cudaStreamSynchronize(stream_));
+    return;
+  }
   PlanAttention(batch);
 
   auto* hidden = hidden_.data<float>();

@@ -38,6 +38,10 @@ struct Cache {
                   int64_t{head} * HeadSize(codec, head_dim, f, capacity);
     return side == Side::kK ? at : at + SideSize(codec, head_dim, Bits(f, Side::kK), capacity);
   }
+  __device__ float ClipOf(Side side, int bits) const {
+    if (codec != Codec::kRotated || bits != 2) return 1.0f;
+    return side == Side::kK ? clip.k2 : clip.v2;
+  }
 };
 
 // One side of a block as F32. Rows are padded so that the lanes of a fragment, eight rows by four pairs of
@@ -261,9 +265,8 @@ __device__ void RunStore(const Cache& cache, const KvStore& store, int layer, in
   }
   __syncthreads();
   const int bits = Bits(store.format, side);
-  float clip = 1.0f;
-  if (cache.codec == Codec::kRotated && bits == 2) clip = side == Side::kK ? cache.clip.k2 : cache.clip.v2;
-  WriteSide(cache.codec, side, bits, store.capacity, store.from_tail + store.rows, clip, tile, out);
+  WriteSide(cache.codec, side, bits, store.capacity, store.from_tail + store.rows, cache.ClipOf(side, bits),
+            tile, out);
 }
 
 template <int kDim>
@@ -284,25 +287,42 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Both sides of a head are read before either is written: in place, they may change places.
+template <int kDim>
+__device__ void ConvertHead(const Cache& cache, const KvConvert& convert, int layer, int head,
+                            Tile<kDim>* tiles) {
+  for (const Side side : {Side::kK, Side::kV}) {
+    ReadSide(cache.codec, side, Bits(convert.from, side), kBlockTokens, kBlockTokens,
+             cache.SideOf(layer, convert.from_row, kDim, head, convert.from, kBlockTokens, side),
+             &tiles[static_cast<int>(side)]);
+  }
+  __syncthreads();
+  for (const Side side : {Side::kK, Side::kV}) {
+    const int bits = Bits(convert.to, side);
+    WriteSide(cache.codec, side, bits, kBlockTokens, kBlockTokens, cache.ClipOf(side, bits),
+              &tiles[static_cast<int>(side)],
+              cache.SideOf(layer, convert.to_row, kDim, head, convert.to, kBlockTokens, side));
+  }
+  __syncthreads();
+}
+
+// A block per head of a conversion and layer. In place, a head lands on those before it, so one block does
+// them all in their order.
 template <int kDim>
 __global__ void __launch_bounds__(kThreads)
     ConvertKernel(Cache cache, int layers, const KvConvert* converts, const int32_t* count) {
-  __shared__ Tile<kDim> tile;
-  const int64_t tasks = int64_t{*count} * layers * cache.heads * 2;
+  extern __shared__ __align__(16) uint8_t shared[];
+  auto* tiles = reinterpret_cast<Tile<kDim>*>(shared);
+  const int64_t tasks = int64_t{*count} * layers * cache.heads;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const Side side = task % 2 == 0 ? Side::kK : Side::kV;
-    const int head = static_cast<int>(task / 2 % cache.heads);
-    const int layer = static_cast<int>(task / 2 / cache.heads % layers);
-    const KvConvert convert = converts[task / 2 / cache.heads / layers];
-    ReadSide(cache.codec, side, Bits(convert.from, side), kBlockTokens, kBlockTokens,
-             cache.SideOf(layer, convert.from_row, kDim, head, convert.from, kBlockTokens, side), &tile);
-    __syncthreads();
-    const int bits = Bits(convert.to, side);
-    float clip = 1.0f;
-    if (cache.codec == Codec::kRotated && bits == 2) clip = side == Side::kK ? cache.clip.k2 : cache.clip.v2;
-    WriteSide(cache.codec, side, bits, kBlockTokens, kBlockTokens, clip, &tile,
-              cache.SideOf(layer, convert.to_row, kDim, head, convert.to, kBlockTokens, side));
-    __syncthreads();
+    const int head = static_cast<int>(task % cache.heads);
+    const int layer = static_cast<int>(task / cache.heads % layers);
+    const KvConvert convert = converts[task / cache.heads / layers];
+    if (convert.from_row != convert.to_row) {
+      ConvertHead(cache, convert, layer, head, tiles);
+    } else if (head == 0) {
+      for (int h = 0; h < cache.heads; ++h) ConvertHead(cache, convert, layer, h, tiles);
+    }
   }
 }
 
@@ -327,7 +347,6 @@ __global__ void __launch_bounds__(kThreads) FinishQkvKernel(FinishQkvArgs args, 
 #pragma unroll
     for (int i = 0; i < kPer; ++i) weight[i] = norm[i];
   }
-  LetNextBegin();
   WaitForEarlier();
   if (!exists) return;
   float x[kPer];
@@ -379,6 +398,7 @@ __global__ void __launch_bounds__(kThreads) FinishQkvKernel(FinishQkvArgs args, 
 #pragma unroll
     for (int i = 0; i < kPer; ++i) x[i] = __fmul_rn(x[i], kNorm);
   }
+  LetNextBegin();  // attention would take bandwidth from the reads above, not from the writes below
   uint16_t rounded[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) rounded[i] = ToBf16(x[i]);
@@ -435,9 +455,11 @@ void ConvertKv(const KvGeometry& g, const ClipRatios& clip, const CacheRegion& r
                const KvConvert* converts, const int32_t* count, int max_converts, cudaStream_t stream) {
   if (max_converts == 0) return;
   const Cache cache = CacheOf(g, clip, region);
-  const unsigned grid = GridOf(int64_t{max_converts} * region.layers * g.num_kv_heads * 2);
+  const unsigned grid = GridOf(int64_t{max_converts} * region.layers * g.num_kv_heads);
   const auto kernel = g.head_dim == 128 ? ConvertKernel<128> : ConvertKernel<64>;
-  kernel<<<grid, kThreads, 0, stream>>>(cache, region.layers, converts, count);
+  const int bytes = 2 * static_cast<int>(g.head_dim == 128 ? sizeof(Tile<128>) : sizeof(Tile<64>));
+  CUDA_OK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<grid, kThreads, bytes, stream>>>(cache, region.layers, converts, count);
   CUDA_OK(cudaGetLastError());
 }
 

@@ -71,8 +71,8 @@ void StoreKv(const KvGeometry& g, const ClipRatios& clip, const CacheRegion& cac
              const uint16_t* v, int64_t kv_stride, const KvStore* stores, const int32_t* groups,
              int max_groups, cudaStream_t stream);
 
-// Runs conversions [0, *count) for all layers, of which there are at most `max_converts`. Places may not
-// overlap, neither of one conversion nor of different ones.
+// Runs conversions [0, *count) for all layers, of which there are at most `max_converts`. A conversion is to
+// another place, or, to fewer bytes, in place (to_row == from_row); different conversions may not overlap.
 void ConvertKv(const KvGeometry& g, const ClipRatios& clip, const CacheRegion& cache,
                const KvConvert* converts, const int32_t* count, int max_converts, cudaStream_t stream);
 
