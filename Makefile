@@ -49,6 +49,10 @@ test-gpu:
 	cmake --preset gpu
 	cmake --build --preset gpu -j --target gpu_tests
 	ctest --test-dir build/gpu --output-on-failure
+	@if cmake --preset cuda >/dev/null 2>&1; then \
+	  cmake --build --preset cuda --target model_golden_test engine_golden_test && \
+	  TRIAXIAL_REQUIRE_GPU=1 ctest --test-dir build/cuda --output-on-failure -R '^(model|engine)_golden_test$$'; \
+	else echo "the project's libraries are not installed here: no golden tests of the model (docs/cuda.md)"; fi
 
 bench-gpu:
 	cmake --preset gpu
