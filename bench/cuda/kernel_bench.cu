@@ -31,8 +31,8 @@ std::vector<Mix> Mixes() {
   const auto only = [](std::initializer_list<std::pair<Format, double>> parts) {
     std::vector<double> weights(kFormatCount, 0.0);
     for (const auto& [format, weight] : parts) {
-      weights[static_cast<size_t>(std::find(kAllFormats, kAllFormats + kFormatCount, format) - kAllFormats)] =
-          weight;
+      weights[static_cast<size_t>(std::find(kAllFormats.begin(), kAllFormats.end(), format) -
+                                  kAllFormats.begin())] = weight;
     }
     return weights;
   };
@@ -197,7 +197,7 @@ void SweepSplits(const RandomStep& step, const KvGeometry& geometry, int num_hea
 }
 
 int Main(int argc, char** argv) {
-  std::string out, peers_path, only_mix;
+  std::string out, peers_path, only_mix, commit;
   Shape only = {};
   int group = 8;
   bool decode = true, prefill = true, sweep = false;
@@ -207,6 +207,7 @@ int Main(int argc, char** argv) {
     if (flag == "--peers") peers_path = value;
     if (flag == "--mix") only_mix = value;
     if (flag == "--only") decode = value == "decode", prefill = value == "prefill";
+    if (flag == "--commit") commit = value;
     if (flag == "--sweep") sweep = value == "splits";
     if (flag == "--group") group = std::atoi(value.c_str());
     if (flag == "--shape" && std::sscanf(value.c_str(), "%dx%d", &only.batch, &only.context) != 2) return 2;
@@ -219,8 +220,11 @@ int Main(int argc, char** argv) {
   std::printf("%s: copy %.2f TB/s, read %.2f TB/s\n", device.name.c_str(), ceilings.copy / 1e12,
               ceilings.read / 1e12);
   std::ostringstream json;
-  json << "{\n  \"device\": \"" << device.name << "\",\n  \"copy_bytes_per_s\": " << ceilings.copy
-       << ",\n  \"read_bytes_per_s\": " << ceilings.read << ",\n  \"results\": [";
+  json << "{\n  \"command\": \"kernel_bench";
+  for (int i = 1; i < argc; ++i) json << ' ' << argv[i];
+  json << "\",\n  \"commit\": \"" << commit << "\",\n  \"device\": \"" << device.name
+       << "\",\n  \"copy_bytes_per_s\": " << ceilings.copy << ",\n  \"read_bytes_per_s\": " << ceilings.read
+       << ",\n  \"results\": [";
   bool first = true;
   const KvGeometry geometry = {.num_layers = 1, .num_kv_heads = 8, .head_dim = 128};
   const int num_heads = 8 * group;

@@ -9,7 +9,8 @@
 
 namespace triaxial {
 
-// One block as attention reads it. A tail is a kBf16 block with room for `capacity` tokens (a multiple of 16).
+// One block as attention reads it. A tail is a kBf16 block with room for `capacity` tokens (a multiple of
+// 16).
 struct KvBlockRef {
   uint32_t unit_row = 0;
   uint8_t tokens = 0;  // 1..capacity (valid tokens, from the block's start)

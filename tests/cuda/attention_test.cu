@@ -106,7 +106,7 @@ CASE(DecodeLoudQueries) {
   std::mt19937 random(NextSeed());
   for (const float scale : {0.01f, 4.0f, 16.0f}) {
     Check(("queries times " + std::to_string(scale)).c_str(), Geometry(128, 8), 64,
-          {RandomSequence(3000, kEven, random), RandomSequence(200, kEven, random)}, scale, 1e-2);
+          {RandomSequence(3000, kEven, random), RandomSequence(200, kEven, random)}, scale, 3e-2);
   }
 }
 
@@ -123,6 +123,12 @@ CASE(PrefillEachFormat) {
       }
     }
   }
+}
+
+// Small enough for compute-sanitizer's racecheck.
+CASE(PrefillSmall) {
+  std::mt19937 random(NextSeed());
+  Check("40 rows after 330", Geometry(128, 1), 8, {RandomSequence(330, kEven, random, 40)});
 }
 
 CASE(PrefillSizes) {

@@ -8,6 +8,7 @@
 #include <cuda_fp8.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -20,7 +21,11 @@
 
 namespace triaxial::cuda {
 
-inline constexpr Format kAllFormats[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kBf16};
+inline constexpr auto kAllFormats = [] {
+  std::array<Format, kFormats> all{};
+  for (int f = 0; f < kFormats; ++f) all[static_cast<size_t>(f)] = static_cast<Format>(f);
+  return all;
+}();
 
 __host__ __device__ inline uint32_t Mix(uint32_t x) {
   x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
@@ -32,14 +37,6 @@ __device__ inline float Normal(uint32_t id) {
   return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
 }
 
-// One side of one block of one head, as kernels need it.
-struct SideSpec {
-  Codec codec;
-  int head_dim;
-  int bits;
-  Side side;
-};
-inline int BitsOfClass(Format f, Side side) { return Bits(f, side); }
 inline int BlockHeadBytes(const KvGeometry& g, const KvBlockRef& b) {
   return SideSize(g.codec, g.head_dim, Bits(b.format, Side::kK), b.capacity) +
          SideSize(g.codec, g.head_dim, Bits(b.format, Side::kV), b.capacity);

@@ -34,6 +34,9 @@ struct Piece {
   static constexpr int kScores = kBits == 16 ? 2 : kTiles;
   static constexpr int kCodeBytes = kTokens * kDim * kBits / 8;
   static constexpr int kBytes = kCodeBytes + (kBits == 16 ? 0 : kTokens * 4);
+  // Tensor cores cut off what a sum cannot hold instead of rounding, and sums of codes are far larger than
+  // the output that is left when minima are added. So both are added up after so many pieces.
+  static constexpr int kSettle = kBits == 2 ? 32 : 16;
   // What a code of field i counts in its 16-bit pattern; the upper byte is shifted down first.
   __host__ __device__ static constexpr int Weight(int i) { return kCodes ? 1 << (kBits * (i % kChain)) : 1; }
 };
@@ -42,9 +45,6 @@ inline constexpr float kCodeUnit = 0x1p24f;  // of the pattern-to-FP16 identity
 inline constexpr float kQueryScale = 16.0f;  // queries beside codes are FP16, times this: |q| < 2047
 inline constexpr float kFp8ValueScale =
     16.0f;  // FP8 scales of V are small; keeps P * scale out of FP16's subnormals
-// Tensor cores cut off what a sum cannot hold instead of rounding, and sums of codes are far larger than the
-// output that is left when minima are added. So both are added up after so many pieces.
-inline constexpr int kSettlePieces = 32;
 inline constexpr float kMaxBias = 2.0f;         // P = 2^(x - m + kMaxBias)
 inline constexpr uint32_t kMaxSumF16 = 0x5c00;  // 256: a lane's sum of P at which m is raised
 
@@ -331,7 +331,7 @@ __device__ __forceinline__ void FinishValues(Accumulator<V::kDim>& acc) {
 // After piece number `k` of a warp.
 template <class V>
 __device__ __forceinline__ void SettleValues(int k, Accumulator<V::kDim>& acc) {
-  if (k % kSettlePieces != kSettlePieces - 1) return;
+  if (k % V::kSettle != V::kSettle - 1) return;
   FinishValues<V>(acc);
   BeginValues<V>(acc);
 }

@@ -1,11 +1,11 @@
 // Prefill attention: many query rows over cached blocks of any format, then causally over the rows of the
 // step.
 //
-// A thread block owns 128 queries (rows and heads of a group) of a KV head and walks over tiles of 64 tokens.
-// One warpgroup brings blocks into shared memory as they are stored, by bulk copies, and expands them to FP16
-// tiles (prefill_tiles.cuh), once for all 128 queries. Two others, 64 queries each, multiply (wgmma) and keep
-// maximum, sum and output in registers; the scores of a tile are computed while the values of the one before
-// are multiplied.
+// A thread block owns 128 queries (rows and heads of a group) of a KV head and walks over tiles of 64 tokens,
+// in three steps that follow each other through shared memory. One warp copies blocks as they are stored. Two
+// warpgroups expand them to FP16 tiles (prefill_tiles.cuh), one the keys, one the values, once for all 128
+// queries. Two others, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers; the
+// scores of a tile are computed while the values of the one before are multiplied.
 #include "ops/cuda/device.h"
 #include "ops/cuda/prefill_attention_sm90.h"
 #include "ops/cuda/prefill_tiles.cuh"
@@ -15,7 +15,7 @@ namespace triaxial::cuda {
 namespace {
 
 constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 3;
-constexpr int kThreads = 3 * 128;
+constexpr int kThreads = 4 * 128;
 
 template <int kDim>
 struct SharedLayout {
@@ -25,9 +25,11 @@ struct SharedLayout {
   static constexpr int kValues = kKeys + kStages * kTileBytes;
   static constexpr int kRaw = kValues + kStages * kTileBytes;
   static constexpr int kBarriers = kRaw + kRawStages * kRawBytes;
-  // 8 bytes each: raw full; keys full, keys free, values full, values free. Then what the stages hold.
+  // 8 bytes each: raw full, raw free; keys full, keys free; values full, values free. Then what the stages
+  // hold.
   static constexpr int kRawFull = kBarriers;
-  static constexpr int kKeysFull = kRawFull + kRawStages * 8;
+  static constexpr int kRawFree = kRawFull + kRawStages * 8;
+  static constexpr int kKeysFull = kRawFree + kRawStages * 8;
   static constexpr int kKeysFree = kKeysFull + kStages * 8;
   static constexpr int kValuesFull = kKeysFree + kStages * 8;
   static constexpr int kValuesFree = kValuesFull + kStages * 8;
@@ -89,121 +91,147 @@ class Walk {
   PrefillItem item_;
 };
 
-// One warp brings what the tiles are made of into shared memory, as it lies in global memory: a block, or
-// keys and then values of up to 64 rows.
+// One copy of a head of a block, `what` of which (tokens, capacity, bits of keys, of values) is put beside
+// it. Not inlined: it is done by one thread, and its registers would be taken from all.
 template <int kDim>
-class Copier {
- public:
-  __device__ __forceinline__ Copier(const PrefillParams& p, uint32_t base, int group)
-      : p_(p), base_(base), walk_(p, group) {}
+__device__ __noinline__ void IssueBlock(const PrefillParams& p, int kv_head, uint32_t unit_row, uint32_t what,
+                                        uint32_t to, uint32_t barrier, uint32_t what_to) {
+  const int capacity = static_cast<int>(what >> 8 & 0xff);
+  const int bytes = SideSize(p.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity) +
+                    SideSize(p.codec, kDim, static_cast<int>(what >> 24), capacity);
+  const uint8_t* from = p.layer.arena +
+                        static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
+                        static_cast<uint32_t>(kv_head * bytes);
+  StoreShared4(what_to, what);
+  BarrierExpect(barrier, static_cast<uint32_t>(bytes));
+  BulkLoad(to, from, static_cast<uint32_t>(bytes), barrier);
+}
 
-  __device__ __forceinline__ void CopyNext() {
-    if (walk_.done()) return;
-    const int lane = threadIdx.x & 31;
-    const PrefillItem& item = walk_.item();
-    const uint32_t barrier = base_ + L::kRawFull + ring_.stage * 8,
-                   to = base_ + L::kRaw + ring_.stage * L::kRawBytes;
-    if (walk_.is_block()) {
-      // Each lane knows one of the next 32 blocks.
-      if (walk_.tile() % 32 == 0) {
-        const int block = walk_.tile() + lane;
-        if (block < item.blocks)
-          block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + block);
+// A warpgroup that fills the tiles of keys, or those of values, of all items of this thread block. What they
+// are made of is brought into shared memory as it lies in global memory, two tiles ahead: blocks by one
+// thread in one copy, the rows of the step by each warpgroup for itself.
+template <int kDim, Side kSide>
+class Producer {
+ public:
+  __device__ __forceinline__ Producer(const PrefillParams& p, uint8_t* shared, int group)
+      : p_(p), shared_(shared), base_(SharedAddress(shared)), group_(group), ahead_(p, group) {}
+
+  __device__ __forceinline__ void Run() {
+    for (int i = 0; i < kAhead; ++i) BringNext();
+    Ring<kStages> ring;
+    Ring<kRawStages> raw_ring;
+    for (Walk walk(p_, group_); !walk.done(); walk.Advance()) {
+      BringNext();
+      const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + ring.stage * L::kTileBytes;
+      BarrierWait(base_ + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
+      if (!walk.is_block()) {
+        WaitForCopies<kAhead>();
+        asm volatile("bar.sync %0, %1;" ::"n"(kKeys ? 1 : 2), "n"(kExpandThreads) : "memory");
       }
-      const uint32_t unit_row = __shfl_sync(~0u, block_.x, walk_.tile() % 32);
-      const uint32_t what =
-          __shfl_sync(~0u, block_.y, walk_.tile() % 32);  // tokens, capacity, bits of keys, of values
-      if (lane == 0) {
-        const int capacity = static_cast<int>(what >> 8 & 0xff);
-        const int bytes = SideSize(p_.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity) +
-                          SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
-        const uint8_t* from =
-            p_.layer.arena +
-            static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p_.num_kv_heads * kUnitBytes) +
-            static_cast<uint32_t>(item.kv_head * bytes);
-        StoreShared4(base_ + L::kRawBlocks + ring_.stage * 4, what);
-        BarrierExpect(barrier, static_cast<uint32_t>(bytes));
-        BulkLoad(to, from, static_cast<uint32_t>(bytes), barrier);
+      BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
+      const int tokens = Fill(walk, raw_ring.stage, tile);
+      if (kKeys && threadIdx.x % kExpandThreads == 0) {
+        StoreShared4(base_ + L::kTokens + ring.stage * 4, static_cast<uint32_t>(tokens));
       }
-    } else {
-      const int first = walk_.first_row(), rows = min(item.rows - first, kTileTokens64);
-      constexpr uint32_t kRowBytes = kDim * 2;
-      if (lane == 0) BarrierExpect(barrier, static_cast<uint32_t>(rows) * 2 * kRowBytes);
-      __syncwarp();
-      for (int row = lane; row < rows; row += 32) {
-        const int64_t at = (item.row_begin + first + row) * p_.layer.kv_stride + item.kv_head * kDim;
-        BulkLoad(to + row * kRowBytes, p_.layer.k + at, kRowBytes, barrier);
-        BulkLoad(to + (kTileTokens64 + row) * kRowBytes, p_.layer.v + at, kRowBytes, barrier);
-      }
+      FenceProxyAsync();
+      Arrive(kKeys ? L::kKeysFull : L::kValuesFull, ring.stage);
+      BarrierArrive(base_ + L::kRawFree + raw_ring.stage * 8);  // every thread has read some of it
+      ring.Advance();
+      raw_ring.Advance();
     }
-    ring_.Advance();
-    walk_.Advance();
   }
 
  private:
   using L = SharedLayout<kDim>;
-  const PrefillParams& p_;
-  const uint32_t base_;
-  Walk walk_;
-  Ring<kRawStages> ring_;
-  uint2 block_ = {};
-};
+  static constexpr bool kKeys = kSide == Side::kK;
+  static constexpr int kAhead = kRawStages - 1;
 
-// Fills the tiles of all items of this thread block.
-template <int kDim>
-__device__ __forceinline__ void Produce(const PrefillParams& p, uint8_t* shared, int group) {
-  using L = SharedLayout<kDim>;
-  const uint32_t base = SharedAddress(shared);
-  const bool copies = threadIdx.x % kExpandThreads < 32, leader = threadIdx.x % kExpandThreads == 0;
-  Copier<kDim> copier(p, base, group);
-  if (copies) {
-    for (int i = 0; i < kRawStages; ++i) copier.CopyNext();
-  }
-  // What this warp has written may be multiplied once the other warps have said so, too.
-  const auto publish = [&](int barriers, int stage) {
-    FenceProxyAsync();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(base + barriers + stage * 8);
-  };
-  Ring<kStages> ring;
-  Ring<kRawStages> raw_ring;
-  for (Walk walk(p, group); !walk.done(); walk.Advance()) {
-    const int stage = ring.stage;
-    const uint32_t keys = base + L::kKeys + stage * L::kTileBytes,
-                   values = base + L::kValues + stage * L::kTileBytes;
-    const uint8_t* raw = shared + L::kRaw + raw_ring.stage * L::kRawBytes;
-    const uint32_t free_parity = ring.parity ^ 1;
-    BarrierWait(base + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
-    uint32_t what = 0;
-    int rows = 0;
-    if (walk.is_block()) {
-      what = LoadShared4(base + L::kRawBlocks + raw_ring.stage * 4);
-    } else {
-      rows = min(walk.item().rows - walk.first_row(), kTileTokens64);
+  // Brings the next tile's block or rows; what a warpgroup has copied itself counts as one group of copies.
+  // Blocks are the keys' warpgroup's to copy, and the word that rows are under way is the values': the other
+  // way round, each waited longer for the other (measured).
+  __device__ __forceinline__ void BringNext() {
+    if (!ahead_.done()) {
+      const bool first_warp = threadIdx.x % kExpandThreads < 32;
+      const uint32_t barrier = base_ + L::kRawFull + ahead_ring_.stage * 8;
+      const uint32_t free = base_ + L::kRawFree + ahead_ring_.stage * 8;
+      const uint32_t to = base_ + L::kRaw + ahead_ring_.stage * L::kRawBytes;
+      if (!ahead_.is_block()) {
+        BarrierWait(free, ahead_ring_.parity ^ 1);
+        CopyRows(to + (kKeys ? 0 : kTileTokens64 * kDim * 2));
+        if (!kKeys && threadIdx.x % kExpandThreads == 0) BarrierArrive(barrier);
+      } else if (kKeys && first_warp) {
+        BarrierWait(free, ahead_ring_.parity ^ 1);
+        CopyBlock(to, barrier);
+      }
+      ahead_ring_.Advance();
+      ahead_.Advance();
     }
+    CommitCopies();
+  }
+  __device__ __forceinline__ void CopyBlock(uint32_t to, uint32_t barrier) {
+    const int lane = threadIdx.x & 31;
+    const PrefillItem& item = ahead_.item();
+    if (ahead_.tile() % 32 == 0 && ahead_.tile() + lane < item.blocks) {
+      block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + ahead_.tile() + lane);
+    }
+    const uint32_t unit_row = __shfl_sync(~0u, block_.x, ahead_.tile() % 32);
+    const uint32_t what = __shfl_sync(~0u, block_.y, ahead_.tile() % 32);
+    if (lane == 0)
+      IssueBlock<kDim>(p_, item.kv_head, unit_row, what, to, barrier,
+                       base_ + L::kRawBlocks + ahead_ring_.stage * 4);
+  }
+  __device__ __forceinline__ void CopyRows(uint32_t to) {
+    constexpr int kPieces = kDim / 8, kRowsAtOnce = kExpandThreads / kPieces;
+    const PrefillItem& item = ahead_.item();
+    const int thread = threadIdx.x % kExpandThreads,
+              rows = min(item.rows - ahead_.first_row(), kTileTokens64);
+    const uint16_t* from = (kKeys ? p_.layer.k : p_.layer.v) +
+                           (item.row_begin + ahead_.first_row() + thread / kPieces) * p_.layer.kv_stride +
+                           item.kv_head * kDim + thread % kPieces * 8;
+    to += thread * 16;
+    for (int row = thread / kPieces; row < rows; row += kRowsAtOnce) {
+      CopyAsync16(to, from);
+      from += kRowsAtOnce * p_.layer.kv_stride;
+      to += kExpandThreads * 16;
+    }
+  }
+
+  // Returns how many tokens of the tile are valid.
+  __device__ __forceinline__ int Fill(const Walk& walk, int raw_stage, uint32_t tile) {
+    const uint8_t* raw = shared_ + L::kRaw + raw_stage * L::kRawBytes;
+    if (!walk.is_block()) {
+      if constexpr (kKeys) {
+        RowsToKeys<kDim>(SharedAddress(raw), tile);
+      } else {
+        RowsToValues<kDim>(SharedAddress(raw) + kTileTokens64 * kDim * 2,
+                           min(walk.item().rows - walk.first_row(), kTileTokens64), tile);
+      }
+      return kTileTokens64;
+    }
+    const uint32_t what = LoadShared4(base_ + L::kRawBlocks + raw_stage * 4);
     const int capacity = static_cast<int>(what >> 8 & 0xff), k_bits = static_cast<int>(what >> 16 & 0xff);
-    BarrierWait(base + L::kKeysFree + stage * 8, free_parity);
-    if (walk.is_block()) {
-      ExpandKeysOf<kDim>(p.codec, k_bits, raw, capacity / 16, keys);
+    if constexpr (kKeys) {
+      ExpandKeysOf<kDim>(p_.codec, k_bits, raw, capacity / 16, tile);
     } else {
-      RowsToKeys<kDim>(SharedAddress(raw), keys);
+      ExpandValuesOf<kDim>(p_.codec, static_cast<int>(what >> 24),
+                           raw + SideSize(p_.codec, kDim, k_bits, capacity), capacity / 16, tile);
     }
-    if (leader) StoreShared4(base + L::kTokens + stage * 4, walk.is_block() ? what & 0xff : kTileTokens64);
-    publish(L::kKeysFull, stage);
-    BarrierWait(base + L::kValuesFree + stage * 8, free_parity);
-    if (walk.is_block()) {
-      ExpandValuesOf<kDim>(p.codec, static_cast<int>(what >> 24),
-                           raw + SideSize(p.codec, kDim, k_bits, capacity), capacity / 16, values);
-    } else {
-      RowsToValues<kDim>(SharedAddress(raw) + kTileTokens64 * kDim * 2, rows, values);
-    }
-    publish(L::kValuesFull, stage);
-    asm volatile("bar.sync 1, %0;" ::"n"(kExpandThreads) : "memory");  // all have read what was brought
-    if (copies) copier.CopyNext();
-    ring.Advance();
-    raw_ring.Advance();
+    return static_cast<int>(what & 0xff);
   }
-}
+  // What this warp has written counts once the other warps have said so, too.
+  __device__ __forceinline__ void Arrive(int barriers, int stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
+  }
+
+  const PrefillParams& p_;
+  uint8_t* const shared_;
+  const uint32_t base_;
+  const int group_;
+  Walk ahead_;
+  Ring<kRawStages> ahead_ring_;
+  uint2 block_ = {};  // each lane knows one of the next 32
+};
 
 // One thread's share of a tile of queries: rows g and g + 8 of its warp's 16, columns 8j + 2t and the next.
 template <int kDim>
@@ -317,7 +345,10 @@ class Consumer {
   // by.
   __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, int stage) {
     const int t = threadIdx.x & 3;
-    const int tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + stage * 4));
+    // One lane reads, because one lane says that the stage is free.
+    int tokens = 0;
+    if (threadIdx.x % 32 == 0) tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + stage * 4));
+    tokens = __shfl_sync(~0u, tokens, 0);
     const int row_tile = tile - item.blocks;
     if (tokens < kTileTokens64 || row_tile >= 0) {
 #pragma unroll
@@ -455,10 +486,13 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const uint32_t base = SharedAddress(shared);
   const int group = p.num_heads / p.num_kv_heads;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kRawStages; ++i) BarrierInit(base + L::kRawFull + i * 8, 1);
+    for (int i = 0; i < kRawStages; ++i) {
+      BarrierInit(base + L::kRawFull + i * 8, 1);
+      BarrierInit(base + L::kRawFree + i * 8, 2 * kExpandThreads);
+    }
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(base + L::kKeysFull + i * 8, kExpandThreads / 32);
-      BarrierInit(base + L::kValuesFull + i * 8, kExpandThreads / 32);
+      BarrierInit(base + L::kKeysFull + i * 8, 4);
+      BarrierInit(base + L::kValuesFull + i * 8, 4);
       BarrierInit(base + L::kKeysFree + i * 8, 8);  // warps of both consumers
       BarrierInit(base + L::kValuesFree + i * 8, 8);
     }
@@ -466,12 +500,17 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     FenceProxyAsync();
   }
   __syncthreads();
-  if (threadIdx.x >= 2 * 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 136;");
-    Produce<kDim>(p, shared, group);
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup < 2) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
     Consumer<kDim>(p, shared, group).Run();
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+    if (warpgroup == 2) {
+      Producer<kDim, Side::kK>(p, shared, group).Run();
+    } else {
+      Producer<kDim, Side::kV>(p, shared, group).Run();
+    }
   }
 }
 

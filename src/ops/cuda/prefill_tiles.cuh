@@ -56,7 +56,7 @@ __device__ __forceinline__ uint32_t FmaF16(uint32_t a, uint32_t b, uint32_t c) {
 // BF16 values beyond FP16's range become its ends, as they do in every quantized format.
 __device__ __forceinline__ uint32_t Bf16ToF16(uint32_t pair) {
   const float2 x = UnpackBf16(pair);
-  return PackF16(fminf(fmaxf(x.x, -65504.0f), 65504.0f), fminf(fmaxf(x.y, -65504.0f), 65504.0f));
+  return PackF16Saturating(x.x, x.y);
 }
 // Field I of a word, times the scale, plus the minimum.
 template <int kBits, int I>

@@ -59,6 +59,15 @@ __device__ __forceinline__ void BulkLoad(uint32_t shared, const void* global, ui
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// Copies of 16 bytes by each thread, in groups that it waits for itself.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 __device__ __forceinline__ void FenceBarrierInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -117,6 +126,12 @@ __device__ __forceinline__ float Exp2(float x) {
 __device__ __forceinline__ uint32_t PackF16(float low, float high) {
   const __half2 h = __floats2half2_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&h);
+}
+// Values beyond FP16's range become its ends.
+__device__ __forceinline__ uint32_t PackF16Saturating(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
 }
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
