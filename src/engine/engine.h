@@ -13,6 +13,8 @@
 #include "base/status.h"
 #include "engine/request.h"
 #include "io/model_config.h"
+#include "kv/block_store.h"
+#include "kv/need.h"
 #include "kv/policy.h"
 #include "model/model.h"
 #include "text/token_tagger.h"
@@ -26,6 +28,8 @@ struct EngineOptions {
   int32_t max_model_len = 0;      // tokens; 0: the model's max_position_embeddings
   int32_t max_running = 64;       // sequences decoded together
   int32_t max_step_tokens = 512;  // rows of a step: decode rows first, the rest is prefill
+  double kv_budget_bits = 0;      // of a priced policy: effective bits at rest; 0: the policy's own
+  BlockStoreOptions store;        // where idle blocks sleep; its fingerprint is the engine's to fill in
   int32_t max_queued = 256;       // waiting requests; more are refused with ResourceExhausted
   uint64_t seed = 0;              // of requests without one; 0: from the clock
 };
@@ -39,6 +43,15 @@ struct EngineSnapshot {
   double effective_bits = 0;
   double kv_usage = 0;  // share of unit rows in use, 0..1
   int64_t preemptions = 0;
+  int64_t prefix_queries = 0;  // prompt tokens looked up among cached blocks, and those found
+  int64_t prefix_hits = 0;
+  int64_t cached_tokens = 0;  // in blocks that no running request uses
+  double price = 0;           // distortion per byte, of a priced policy
+  // Blocks by [from][to][cause] and blocks dropped from the cache.
+  std::array<std::array<std::array<int64_t, kCauses>, kFormats>, kFormats> demotions{};
+  int64_t evictions = 0;
+  int64_t integrity_errors = 0;
+  BlockStoreStats store;  // blocks that sleep in host memory and files
   int64_t prompt_tokens = 0;
   int64_t generation_tokens = 0;
   int64_t steps = 0;
@@ -68,8 +81,8 @@ class Engine {
   virtual const KvGeometry& geometry() const = 0;
   virtual const Policy& policy() const = 0;
   virtual int32_t max_model_len() const = 0;
-  // Per block of a running request: position, tokens (tags, wishes), format. Thread-safe; empty for unknown
-  // ids.
+  // Per block of a running or recently finished request: position, tokens, need, format, users, history.
+  // Thread-safe; empty for unknown ids.
   virtual std::vector<KvBlock> InspectBlocks(RequestId id) = 0;
 };
 

@@ -46,7 +46,8 @@ struct RequestStats {
   int32_t prompt_tokens = 0;
   int32_t cached_tokens = 0;
   int32_t completion_tokens = 0;
-  KvUsage kv;  // the request's blocks when it finished
+  KvUsage kv;             // the request's blocks when it finished
+  int32_t demotions = 0;  // of its blocks, while it ran
   double effective_bits = 0;
   double queue_seconds = 0;
   double ttft_seconds = 0;
@@ -68,6 +69,12 @@ struct Request {
   Prompt prompt;
   SamplingParams sampling;
   bool starts_in_thought = false;  // for the tags of generated tokens
+  // Blocks are shared only among requests of one salt: the API key's (or ""), joined with `cache_salt`.
+  std::string salt;
+  std::string tenant;                 // the API key's identity, among which the scheduler is fair
+  Format min_format = Format::kK2V2;  // cached blocks of fewer bits are prefilled again
+  int priority = 0;                   // classes from -100 to 100, higher ones first
+  double timeout_seconds = 0;         // from Submit to the last token, then DeadlineExceeded; 0: none
   // Called on the engine thread for every event, the last of which has finish != kNone. Must not block.
   std::function<void(TokenEvent&&)> on_event;
 };

@@ -20,12 +20,25 @@ struct PolicyRule {
   Format format = Format::kBf16;
 };
 
+// Two kinds: a fixed policy says a format for every tag (`rules`); a priced one says what each format costs a
+// token of each tag (`distortion`), and a block takes the format of least distortion + price * bytes
+// (kv/need.h), so that its formats follow from one price per byte.
 struct Policy {
   std::string name;
   std::string description;
-  std::vector<PolicyRule> rules;  // first match wins
+  std::vector<PolicyRule> rules;  // of a fixed policy; first match wins
   int recent_window = 0;          // the newest tokens, rounded up to blocks, stay bf16 whatever their tags
   std::array<Format, kTags> table{};  // the rules, resolved for every tag
+
+  bool priced = false;
+  // Of a priced policy: loss of one token of a tag stored at a format; 0 for bf16, falling with bits.
+  std::array<std::array<float, kFormats>, kTags> distortion{};
+  std::array<double, kTags> counts{};  // tokens by tag in the workload that it was calibrated on; any scale
+  double budget_bits = 0;              // effective bits at which it rests on that workload; 0: see price
+  double price = 0;                    // distortion per byte of one token at rest, where budget_bits is 0
+  std::vector<PolicyRule> pins;        // of both kinds: tokens of these tags never get less than this format
+  std::array<Format, kTags> floor{};   // the pins, resolved: the most that any asks for
+  Format sink = Format::kK2V2;         // a sequence's first block never gets less
 
   Format FormatOf(const Tag& tag) const { return table[static_cast<size_t>(tag.index())]; }
 };
