@@ -38,14 +38,14 @@ constexpr float ClipOf(const KvGeometry& g, const ClipRatios& clip, Side side, i
 
 // Quantizes one head of one block. `k` and `v` are F32, `tokens` (1 to 64) rows of head_dim values, each row
 // `row_stride` floats after the one before, already rotated if the codec is kRotated. `out` has HeadBytes(g,
-// f) bytes. Codes and metadata of tokens past `tokens` are zero; groups along tokens hold the existing tokens
-// only.
+// f, capacity) bytes. Codes and metadata of tokens past `tokens` are zero; groups along tokens hold the
+// existing tokens only. `capacity` is a BF16 block's.
 void EncodeBlockScalar(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                       int64_t row_stride, int tokens, uint8_t* out);
+                       int64_t row_stride, int tokens, uint8_t* out, int capacity = kBlockTokens);
 
 // The inverse: [tokens][head_dim] F32 of one side.
 void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens,
-                      float* out);
+                      float* out, int capacity = kBlockTokens);
 
 // In-place orthonormal Walsh-Hadamard transform of one head (its own inverse): x <- H x / sqrt(head_dim).
 // Butterflies (a, b) -> (a + b, a - b) run from distance 1 up, in F32, then each value is multiplied by the

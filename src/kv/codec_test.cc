@@ -53,6 +53,19 @@ TEST(Format, EffectiveBitsArePublishedOnes) {
   EXPECT_EQ(UnitsOf(rotated, Format::kBf16), 128);
 }
 
+TEST(Format, ATailTakesAQuarterPerSixteenTokens) {
+  for (const KvGeometry& g : AllGeometries()) {
+    for (int capacity = 16; capacity <= 64; capacity += 16) {
+      EXPECT_EQ(UnitsOf(g, Format::kBf16, capacity) * 64, UnitsOf(g, Format::kBf16) * capacity);
+      EXPECT_EQ(HeadBytes(g, Format::kBf16, capacity), UnitsOf(g, Format::kBf16, capacity) * kUnitBytes);
+      EXPECT_EQ(UnitsOf(g, Format::kK2V2, capacity), UnitsOf(g, Format::kK2V2));
+    }
+  }
+  const KvGeometry g{36, 8, 128, Codec::kRotated};
+  EXPECT_EQ(UnitsOf(g, Format::kBf16, 16), 32);
+  EXPECT_EQ(BlockBytes(g, Format::kBf16, 16), 36 * 8 * 32 * 256);
+}
+
 TEST(Format, EveryElementHasItsOwnPlace) {
   for (const int head_dim : {64, 128}) {
     const KvGeometry g{1, 1, head_dim, Codec::kRotated};

@@ -16,6 +16,9 @@ constexpr bool WholeUnits(int head_dim, Codec codec) {
       if (SideBytes(g, Bits(static_cast<Format>(f), side)) % kUnitBytes != 0) return false;
     }
   }
+  for (int capacity = kTailStep; capacity <= kBlockTokens; capacity += kTailStep) {
+    if (SideBytes(g, 16, capacity) % kUnitBytes != 0) return false;
+  }
   return true;
 }
 static_assert(WholeUnits(64, Codec::kRotated) && WholeUnits(128, Codec::kRotated));

@@ -332,7 +332,7 @@ class ItemRun {
   const uint8_t* Head(int64_t block) const {
     const KvBlockRef& ref = item_.sequence->blocks[static_cast<size_t>(block)];
     return args_.arena + int64_t{ref.unit_row} * UnitRowBytes(g_) +
-           int64_t{item_.kv_head} * HeadBytes(g_, ref.format);
+           int64_t{item_.kv_head} * HeadBytes(g_, ref.format, ref.capacity);
   }
 
   void Begin() {
@@ -355,11 +355,12 @@ class ItemRun {
     const uint8_t* keys = Head(block);
     const int k_bits = Bits(ref.format, Side::kK);
     const int v_bits = Bits(ref.format, Side::kV);
-    const uint8_t* values = keys + SideBytes(g_, k_bits);
+    const uint8_t* values = keys + SideBytes(g_, k_bits, ref.capacity);
     if (ref.format == Format::kBf16) {
+      CHECK(ref.tokens <= ref.capacity && ref.capacity <= kBlockTokens && ref.capacity % kTailStep == 0);
       const bool more = block + 1 < item_.block_end &&
                         item_.sequence->blocks[static_cast<size_t>(block + 1)].format == Format::kBf16;
-      DenseScores(Bf16Side{keys, kBlockTokens, values}, g_.head_dim, ref.tokens, queries_, w_);
+      DenseScores(Bf16Side{keys, ref.capacity, values}, g_.head_dim, ref.tokens, queries_, w_);
       Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
       DenseValues(Bf16Side{values, g_.head_dim, more ? Head(block + 1) : values}, g_.head_dim, ref.tokens,
                   queries_, w_);
@@ -368,8 +369,8 @@ class ItemRun {
       queries_quantized_ = true;
       Prefetch next_keys, next_values;
       if (block + 1 < item_.block_end) {
-        const Format format = item_.sequence->blocks[static_cast<size_t>(block + 1)].format;
-        next_keys = {Head(block + 1), HeadBytes(g_, format) / 2};
+        const KvBlockRef& next = item_.sequence->blocks[static_cast<size_t>(block + 1)];
+        next_keys = {Head(block + 1), HeadBytes(g_, next.format, next.capacity) / 2};
         next_values = {next_keys.data + next_keys.bytes, next_keys.bytes};
       }
       CodeScores(g_, k_bits, keys, queries_, next_keys, w_);

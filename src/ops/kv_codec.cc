@@ -317,13 +317,13 @@ void DecodeValues(const Grouping& grouping, int head_dim, const uint8_t* HWY_RES
 // ---- BF16 sides
 
 // K: words of two channels of one token; V: words of two tokens of one channel.
-void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t row_stride, int tokens,
-                uint8_t* HWY_RESTRICT out) {
+void EncodeBf16(Side side, int head_dim, int capacity, const float* HWY_RESTRICT x, int64_t row_stride,
+                int tokens, uint8_t* HWY_RESTRICT out) {
   const DF df;
   const DI di;
   const VI low_half = hn::Set(di, 0xffff);
   if (side == Side::kV) {
-    for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
+    for (int pair = 0; pair < capacity / 2; ++pair) {
       for (int c = 0; c < head_dim; c += Width()) {
         const float* HWY_RESTRICT even = x + 2 * pair * row_stride + c;
         VI packed = hn::Zero(di);
@@ -338,7 +338,7 @@ void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t ro
   }
   const hn::Rebind<uint16_t, DF> d16;
   HWY_ALIGN_MAX uint16_t row[kMaxHeadDim];
-  for (int t = 0; t < kBlockTokens; ++t) {
+  for (int t = 0; t < capacity; ++t) {
     if (t < tokens) {
       for (int c = 0; c < head_dim; c += Width()) {
         const VI bits = RoundToBf16Bits(hn::LoadU(df, x + t * row_stride + c));
@@ -348,12 +348,12 @@ void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t ro
       std::fill_n(row, head_dim, uint16_t{0});
     }
     for (int pair = 0; pair < head_dim / 2; ++pair) {
-      std::memcpy(out + (pair * kBlockTokens + t) * 4, row + 2 * pair, 4);
+      std::memcpy(out + (pair * capacity + t) * 4, row + 2 * pair, 4);
     }
   }
 }
 
-void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tokens,
+void DecodeBf16(Side side, int head_dim, int capacity, const uint8_t* HWY_RESTRICT in, int tokens,
                 float* HWY_RESTRICT out) {
   const DF df;
   const DI di;
@@ -373,7 +373,7 @@ void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tok
   for (int pair = 0; pair < head_dim / 2; ++pair) {
     for (int t = 0; t < tokens; ++t) {
       uint32_t packed;
-      std::memcpy(&packed, in + (pair * kBlockTokens + t) * 4, sizeof(packed));
+      std::memcpy(&packed, in + (pair * capacity + t) * 4, sizeof(packed));
       const uint32_t values[2] = {packed << 16, packed & 0xffff0000u};
       std::memcpy(out + t * head_dim + 2 * pair, values, sizeof(values));
     }
@@ -382,9 +382,9 @@ void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tok
 
 // ---- Entry points
 
-void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const float* x, int64_t row_stride,
-                int tokens, uint8_t* out) {
-  if (bits == 16) return EncodeBf16(side, g.head_dim, x, row_stride, tokens, out);
+void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float clip, const float* x,
+                int64_t row_stride, int tokens, uint8_t* out) {
+  if (bits == 16) return EncodeBf16(side, g.head_dim, capacity, x, row_stride, tokens, out);
   Groups groups;
   const Grouping grouping = GroupingOf(g, side, bits);
   const int num_groups = MetaGroups(g, bits);
@@ -395,8 +395,9 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const floa
   encode(grouping, g.head_dim, x, row_stride, tokens, groups, out);
 }
 
-void DecodeSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, int tokens, float* out) {
-  if (bits == 16) return DecodeBf16(side, g.head_dim, in, tokens, out);
+void DecodeSide(const KvGeometry& g, Side side, int bits, int capacity, const uint8_t* in, int tokens,
+                float* out) {
+  if (bits == 16) return DecodeBf16(side, g.head_dim, capacity, in, tokens, out);
   Groups groups;
   ReadGroups(MetaGroups(g, bits), in + CodeBytes(g, bits), &groups);
   const auto decode = side == Side::kK ? (bits == 2 ? &DecodeKeys<2> : &DecodeKeys<4>)
@@ -476,26 +477,30 @@ HWY_EXPORT(Hadamard);
 }  // namespace
 
 void EncodeSide(const KvGeometry& g, Format f, Side side, const ClipRatios& clip, const float* x,
-                int64_t row_stride, int tokens, uint8_t* block_head) {
+                int64_t row_stride, int tokens, uint8_t* block_head, int capacity) {
+  capacity = RoomOf(f, capacity);
   CHECK(g.head_dim == 64 || g.head_dim == 128);
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+  CHECK(tokens >= 1 && tokens <= capacity && capacity <= kBlockTokens && capacity % kTailStep == 0);
   CHECK(clip.k2 >= kMinClip && clip.k2 <= 1.0f && clip.v2 >= kMinClip && clip.v2 <= 1.0f);
   const int bits = Bits(f, side);
   HWY_DYNAMIC_DISPATCH(EncodeSide)
-  (g, side, bits, ClipOf(g, clip, side, bits), x, row_stride, tokens, block_head + SideOffset(g, f, side));
+  (g, side, bits, capacity, ClipOf(g, clip, side, bits), x, row_stride, tokens,
+   block_head + SideOffset(g, f, side, capacity));
 }
 
 void EncodeBlock(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                 int64_t row_stride, int tokens, uint8_t* out) {
-  EncodeSide(g, f, Side::kK, clip, k, row_stride, tokens, out);
-  EncodeSide(g, f, Side::kV, clip, v, row_stride, tokens, out);
+                 int64_t row_stride, int tokens, uint8_t* out, int capacity) {
+  EncodeSide(g, f, Side::kK, clip, k, row_stride, tokens, out, capacity);
+  EncodeSide(g, f, Side::kV, clip, v, row_stride, tokens, out, capacity);
 }
 
-void DecodeSide(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens, float* out) {
+void DecodeSide(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens, float* out,
+                int capacity) {
+  capacity = RoomOf(f, capacity);
   CHECK(g.head_dim == 64 || g.head_dim == 128);
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+  CHECK(tokens >= 1 && tokens <= capacity && capacity <= kBlockTokens && capacity % kTailStep == 0);
   HWY_DYNAMIC_DISPATCH(DecodeSide)
-  (g, side, Bits(f, side), block_head + SideOffset(g, f, side), tokens, out);
+  (g, side, Bits(f, side), capacity, block_head + SideOffset(g, f, side, capacity), tokens, out);
 }
 
 void RoundToBf16(const float* x, int64_t n, float* out) {
