@@ -132,7 +132,7 @@ class Completion : public std::enable_shared_from_this<Completion> {
 
   void Observe(FinishReason reason, const RequestStats& stats, const std::string& finish) {
     context_.metrics->ObserveFinished(stats, reason);
-    context_.retry->Observe(stats);
+    if (reason == FinishReason::kStop || reason == FinishReason::kLength) context_.retry->Observe(stats);
     if (context_.log) spdlog::info("{}", FinishedLine(head_.id, tenant_, finish, stats));
   }
 

@@ -12,7 +12,7 @@ namespace triaxial {
 // Thread-safe.
 class RetryEstimate {
  public:
-  // Of a request that came to its end.
+  // Of a request that was answered to its end.
   void Observe(const RequestStats& stats);
   // How long the queue takes to drain at the recent speed: from 1 to 60 seconds.
   int Seconds(const EngineSnapshot& snapshot) const;
