@@ -9,8 +9,8 @@
 namespace triaxial {
 
 // 64 hex digits over every byte of the weights, of config.json, kv_calibration.json and tokenizer.json
-// (`tokenizer_directory` "": the model's); files that do not exist count as empty. Reads all of them, spread over
-// the compute threads. Errors: a file cannot be read.
+// (`tokenizer_directory` "": the model's); files that do not exist count as empty. Reads all of them, spread
+// over the compute threads. Errors: a file cannot be read.
 Result<std::string> CheckpointIdentity(const std::string& directory, const std::string& tokenizer_directory);
 
 }  // namespace triaxial

@@ -2,6 +2,7 @@
 #include <iostream>
 #include <iterator>
 
+#include "apps/checkpoint_identity.h"
 #include "apps/commands.h"
 #include "apps/terminal.h"
 #include "base/file.h"
@@ -121,6 +122,9 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   options.store.disk_dir = flags.kv_disk_dir;
   if (!flags.kv_disk_dir.empty()) {
     ASSIGN_OR_RETURN(options.store.disk_bytes, BytesOf("--kv-disk-bytes", flags.kv_disk_bytes));
+    // Arithmetic in F32 makes other keys and values than BF16 does.
+    ASSIGN_OR_RETURN(options.store.fingerprint, CheckpointIdentity(model.directory, flags.tokenizer));
+    options.store.fingerprint += " " + flags.dtype + " " + flags.load_format;
   }
   options.max_queued = flags.max_queued;
   options.max_model_len = flags.max_model_len;

@@ -1,12 +1,11 @@
 #include "serve/api_keys.h"
 
 #include <fmt/format.h>
-#include <openssl/sha.h>
 
 #include <algorithm>
-#include <array>
 
 #include "base/file.h"
+#include "base/sha256.h"
 
 namespace triaxial {
 namespace {
@@ -23,9 +22,8 @@ bool SameSecret(std::string_view a, std::string_view b) {
 
 // 64 bits name a key among the few of a server; half a digest says less about a weak key than all of it.
 std::string TenantOfKey(std::string_view key) {
-  std::array<uint8_t, SHA256_DIGEST_LENGTH> digest;
   const std::string text = "triaxial tenant " + std::string(key);
-  SHA256(reinterpret_cast<const uint8_t*>(text.data()), text.size(), digest.data());
+  const Sha256Digest digest = Sha256Of({reinterpret_cast<const uint8_t*>(text.data()), text.size()});
   std::string name;
   for (size_t i = 0; i < 8; ++i) name += fmt::format("{:02x}", digest[i]);
   return name;

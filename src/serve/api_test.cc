@@ -2,14 +2,13 @@
 #include "serve/api.h"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <filesystem>
 #include <mutex>
 
 #include "base/file.h"
+#include "base/temp_dir_testing.h"
 #include "serve/api_keys.h"
 #include "serve/http_testing.h"
 #include "text/conversation.h"
@@ -249,9 +248,8 @@ TEST_F(ApiTest, TheBlocksOfAnAnswerAreShownToWhoAskedForIt) {
 }
 
 TEST_F(ApiTest, RecordsWhatFinishedAndNothingElse) {
-  const std::string path =
-      (std::filesystem::temp_directory_path() / ("triaxial-api-" + std::to_string(getpid()) + ".jsonl"))
-          .string();
+  const TempDir directory;
+  const std::string path = directory.File("chats.jsonl");
   ApiOptions options;
   options.recorder = ConversationRecorder::Open(path, 1 << 20).value();
   Serve(std::move(options));
@@ -269,7 +267,6 @@ TEST_F(ApiTest, RecordsWhatFinishedAndNothingElse) {
   EXPECT_EQ(Chat({{"priority", 1000}}).status, 400);
   server_.reset();
   const std::string text = ReadFile(path, 1 << 20).value();
-  std::filesystem::remove(path);
   std::vector<Json> lines;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = text.find('\n', begin);

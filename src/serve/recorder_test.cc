@@ -3,36 +3,27 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include <filesystem>
 #include <fstream>
 #include <thread>
 #include <vector>
 
 #include "base/file.h"
+#include "base/temp_dir_testing.h"
 
 namespace triaxial {
 namespace {
 
 class RecorderTest : public testing::Test {
  protected:
-  RecorderTest()
-      : directory_(std::filesystem::temp_directory_path() /
-                   ("triaxial-recorder-" + std::to_string(getpid()))) {
-    std::filesystem::create_directories(directory_);
-    path_ = (directory_ / "chats.jsonl").string();
-  }
-  ~RecorderTest() override { std::filesystem::remove_all(directory_); }
-
   std::string Contents() const { return ReadFile(path_, 1 << 20).value(); }
   static void Chat(ConversationRecorder* recorder, const std::string& text, Json tools = nullptr) {
     recorder->Append(Json::array({{{"role", "user"}, {"content", text}}}),
                      {{"role", "assistant"}, {"content", "yes"}}, std::move(tools));
   }
 
-  const std::filesystem::path directory_;
-  std::string path_;
+  const TempDir directory_;
+  const std::string path_ = directory_.File("chats.jsonl");
 };
 
 TEST_F(RecorderTest, AppendsOneLineForEachConversationAndOnlyItsOwnerReadsIt) {
@@ -93,11 +84,11 @@ TEST_F(RecorderTest, RefusesWhatIsNoFileOfConversations) {
     EXPECT_NE(recorder.status().message().find(path), std::string::npos) << recorder.status().message();
     EXPECT_NE(recorder.status().message().find(mentions), std::string::npos) << recorder.status().message();
   };
-  refused((directory_ / "none" / "chats.jsonl").string(), "No such file");
-  refused(directory_.string(), "directory");
+  refused(directory_.File("none/chats.jsonl"), "No such file");
+  refused(directory_.path(), "directory");
   refused("/dev/null", "regular file");
-  ASSERT_EQ(mkfifo((directory_ / "pipe").c_str(), 0600), 0);
-  refused((directory_ / "pipe").string(), "regular file");
+  ASSERT_EQ(mkfifo(directory_.File("pipe").c_str(), 0600), 0);
+  refused(directory_.File("pipe"), "regular file");
   std::ofstream(path_) << "half a line";
   refused(path_, "full line");
   EXPECT_EQ(Contents(), "half a line");
