@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/float16.h"
+#include "base/float8.h"
 
 namespace triaxial {
 namespace {
@@ -38,6 +39,7 @@ struct Group {
 };
 
 Group FitGroup(float lo, float hi, int bits, float clip) {
+  if (bits == 8) return {FloatToFp16(std::max(std::abs(lo), std::abs(hi)) / kLargestE4m3), 0};
   const float trim = (hi - lo) * ((1.0f - clip) * 0.5f);
   lo = lo + trim;
   hi = hi - trim;
@@ -48,6 +50,7 @@ Group FitGroup(float lo, float hi, int bits, float clip) {
 uint8_t CodeOf(float x, const Group& group, int bits) {
   const float scale = Fp16ToFloat(group.scale);
   const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  if (bits == 8) return FloatToE4m3(x * inverse);
   const float levels = static_cast<float>((1 << bits) - 1);
   const float steps = (x - Fp16ToFloat(group.minimum)) * inverse;
   return static_cast<uint8_t>(std::nearbyint(std::min(std::max(steps, 0.0f), levels)));
@@ -135,7 +138,12 @@ void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* b
       const CodePlace place = PlaceOfCode(depth, lane, lanes, bits);
       const int code = in[place.byte] >> place.shift & ((1 << bits) - 1);
       const int group = PlaceOfMeta(g, side, bits, t, c);
-      const float scaled = Fp16ToFloat(LoadFp16(scales + 2 * group)) * static_cast<float>(code);
+      const float scale = Fp16ToFloat(LoadFp16(scales + 2 * group));
+      if (bits == 8) {
+        value = scale * E4m3ToFloat(static_cast<uint8_t>(code));
+        continue;
+      }
+      const float scaled = scale * static_cast<float>(code);
       value = Fp16ToFloat(LoadFp16(minima + 2 * group)) + scaled;
     }
   }

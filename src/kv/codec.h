@@ -2,15 +2,18 @@
 // purpose.
 //
 // All arithmetic is F32, each operation rounded to nearest even by itself (no fused multiply-add), with
-// subnormals kept. One group of values x is quantized to `bits` like this:
+// subnormals kept. One group of values x is quantized to `bits` (2 or 4) like this:
 //   x'      = x clamped to [-65504, 65504]; NaN becomes 0, -0 becomes +0
 //   lo, hi  = min(x'), max(x')
 //   trim    = (hi - lo) * ((1 - clip) * 0.5);  lo = lo + trim;  hi = hi - trim
 //   scale   = fp16((hi - lo) / (2^bits - 1));  minimum = fp16(lo)
 //   inverse = scale == 0 ? 0 : 1 / scale       (from here on with the FP16 values)
 //   code    = rint(min(max((x' - minimum) * inverse, 0), 2^bits - 1)), ties to even
-// and decoded to minimum + scale * code, where the product is exact. Metadata is thus always finite and scale
-// never negative, whatever the input. BF16 sides keep what they are given, NaN and infinity included.
+// and decoded to minimum + scale * code, where the product is exact. To 8 bits:
+//   scale   = fp16(max |x'| / 448);  minimum = +0;  inverse as above
+//   code    = e4m3(x' * inverse), ties to even, what is too large becomes +-448 (base/float8.h)
+// decoded to scale * code. Metadata is thus always finite and scale never negative, whatever the input. BF16
+// sides keep what they are given, NaN and infinity included.
 #ifndef TRIAXIAL_KV_CODEC_H_
 #define TRIAXIAL_KV_CODEC_H_
 

@@ -23,12 +23,12 @@ inline constexpr int kPaperGroup = 32;
 inline constexpr int kTailStep = 16;
 
 // Ordered from fewest to most bits.
-enum class Format : uint8_t { kK2V2, kK4V2, kK4V4, kBf16 };
-inline constexpr int kFormats = 4;
-std::string_view Name(Format format);  // "k2v2", "k4v2", "k4v4", "bf16"
+enum class Format : uint8_t { kK2V2, kK4V2, kK4V4, kFp8, kBf16 };
+inline constexpr int kFormats = 5;
+std::string_view Name(Format format);  // "k2v2", "k4v2", "k4v4", "fp8", "bf16"
 std::optional<Format> ParseFormat(std::string_view name);
 
-// How a side is quantized. One codec serves a whole cache.
+// How sides of 2 and 4 bits are quantized. One codec serves a whole cache.
 enum class Codec : uint8_t {
   kRotated,  // per token: one FP16 scale and minimum over all channels of a head; K and V are
              // Hadamard-rotated (KERNELS: SAW-INT4)
@@ -40,7 +40,7 @@ std::optional<Codec> ParseCodec(std::string_view name);
 
 enum class Side : uint8_t { kK, kV };
 
-// Bits per element of one side: 2, 4 or 16.
+// Bits per element of one side: 2, 4, 8 or 16.
 constexpr int Bits(Format format, Side side) {
   switch (format) {
     case Format::kK2V2:
@@ -49,6 +49,8 @@ constexpr int Bits(Format format, Side side) {
       return side == Side::kK ? 4 : 2;
     case Format::kK4V4:
       return 4;
+    case Format::kFp8:
+      return 8;
     case Format::kBf16:
       return 16;
   }
@@ -65,11 +67,12 @@ struct KvGeometry {
 
 // Bytes of codes and of metadata of one side of one block and head. Metadata is `groups` FP16 scales, then as
 // many FP16 minima: kRotated [token]; kPaper [channel group][token], or [token group][channel] for 2-bit
-// keys.
+// keys. At 8 bits (E4M3) it is [token] for both, and minima are zero.
 constexpr int CodeBytes(const KvGeometry& g, int bits) { return kBlockTokens * g.head_dim * bits / 8; }
 constexpr int MetaGroups(const KvGeometry& g, int bits) {
   if (bits == 16) return 0;
-  return g.codec == Codec::kRotated ? kBlockTokens : kBlockTokens * g.head_dim / kPaperGroup;
+  if (g.codec == Codec::kRotated || bits == 8) return kBlockTokens;
+  return kBlockTokens * g.head_dim / kPaperGroup;
 }
 // In all sizes, `capacity` (16, 32, 48 or 64 tokens) is that of a BF16 block; others have room for 64
 // whatever it says.
@@ -125,7 +128,7 @@ constexpr int PlaceOfBf16(int depth, int lane, int lanes) {
 
 // Index of an element's group among the scales (and among the minima) of its side.
 constexpr int PlaceOfMeta(const KvGeometry& g, Side side, int bits, int token, int channel) {
-  if (g.codec == Codec::kRotated) return token;
+  if (g.codec == Codec::kRotated || bits == 8) return token;
   if (side == Side::kK && bits == 2) return token / kPaperGroup * g.head_dim + channel;
   return channel / kPaperGroup * kBlockTokens + token;
 }

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/checked_math.h"
+#include "base/float8.h"
 #include "base/parallel.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -69,6 +70,30 @@ HWY_INLINE VF FloatOfFp16Bits(VI h) {
   return hn::BitCast(df, hn::Or(sign, hn::BitCast(di, scaled)));
 }
 
+// For numbers: E4M3 as base/float8.h, in the low byte of each lane.
+HWY_INLINE VI RoundToE4m3Bits(VF x) {
+  const DF df;
+  const DI di;
+  const VI sign = hn::And(hn::ShiftRight<24>(hn::BitCast(di, x)), hn::Set(di, 0x80));
+  const VF bounded = hn::Min(hn::Abs(x), hn::Set(df, kLargestE4m3));
+  const VI magnitude = hn::BitCast(di, bounded);
+  const VI aligned = hn::BitCast(di, hn::Add(bounded, hn::Set(df, 0x1p14f)));
+  const VI subnormal = hn::Sub(aligned, hn::Set(di, 0x46800000));
+  const VI odd = hn::And(hn::ShiftRight<20>(magnitude), hn::Set(di, 1));
+  const VI normal = hn::ShiftRight<20>(hn::Add(hn::Sub(magnitude, hn::Set(di, 0x3c000000 - 0x7ffff)), odd));
+  return hn::Or(sign, hn::IfThenElse(hn::Lt(magnitude, hn::Set(di, 0x3c800000)), subnormal, normal));
+}
+
+// Of the low byte of each lane; exact.
+HWY_INLINE VF FloatOfE4m3Bits(VI x) {
+  const DF df;
+  const DI di;
+  const VI sign = hn::ShiftLeft<24>(hn::And(x, hn::Set(di, 0x80)));
+  const VI magnitude = hn::ShiftLeft<20>(hn::And(x, hn::Set(di, 0x7f)));
+  const VF scaled = hn::Mul(hn::BitCast(df, magnitude), hn::Set(df, 0x1p120f));
+  return hn::BitCast(df, hn::Or(sign, hn::BitCast(di, scaled)));
+}
+
 HWY_INLINE VF Sanitize(VF x) {
   const DF df;
   x = hn::IfThenElseZero(hn::Eq(x, x), x);  // NaN
@@ -94,7 +119,7 @@ struct Grouping {
 };
 
 Grouping GroupingOf(const KvGeometry& g, Side side, int bits) {
-  if (g.codec == Codec::kRotated) return {false, g.head_dim == 128 ? 7 : 6};
+  if (g.codec == Codec::kRotated || bits == 8) return {false, g.head_dim == 128 ? 7 : 6};
   return {side == Side::kK && bits == 2, 5};
 }
 
@@ -159,8 +184,13 @@ void FitGroups(int num_groups, int bits, float clip, Groups* HWY_RESTRICT groups
     const VF trim = hn::Mul(hn::Sub(hi, lo), margin);
     lo = hn::Add(lo, trim);
     hi = hn::Sub(hi, trim);
-    const VI scale_bits = RoundToFp16Bits(hn::Div(hn::Sub(hi, lo), levels));
-    const VI minimum_bits = RoundToFp16Bits(lo);
+    VI scale_bits = hn::Zero(DI()), minimum_bits = hn::Zero(DI());
+    if (bits == 8) {
+      scale_bits = RoundToFp16Bits(hn::Div(hn::Max(hn::Abs(lo), hn::Abs(hi)), hn::Set(df, kLargestE4m3)));
+    } else {
+      scale_bits = RoundToFp16Bits(hn::Div(hn::Sub(hi, lo), levels));
+      minimum_bits = RoundToFp16Bits(lo);
+    }
     hn::StoreU(hn::DemoteTo(d16, scale_bits), d16, scales + i);
     hn::StoreU(hn::DemoteTo(d16, minimum_bits), d16, scales + num_groups + i);
     const VF scale = FloatOfFp16Bits(scale_bits);
@@ -187,9 +217,16 @@ void ReadGroups(int num_groups, const uint8_t* meta, Groups* HWY_RESTRICT groups
 template <int kBits>
 HWY_INLINE VI CodesOf(VF x, VF minimum, VF inverse) {
   const DF df;
+  if constexpr (kBits == 8) return RoundToE4m3Bits(hn::Mul(Sanitize(x), inverse));
   const VF steps = hn::Mul(hn::Sub(Sanitize(x), minimum), inverse);
   const VF levels = hn::Set(df, static_cast<float>((1 << kBits) - 1));
   return hn::NearestInt(hn::Min(hn::Max(steps, hn::Zero(df)), levels));
+}
+
+template <int kBits>
+HWY_INLINE VF ValuesOf(VI codes, VF minimum, VF scale) {
+  if constexpr (kBits == 8) return hn::Mul(FloatOfE4m3Bits(codes), scale);
+  return hn::Add(hn::Mul(hn::ConvertTo(DF(), codes), scale), minimum);
 }
 
 // K: a word holds four channels of one token, its bytes the tokens 16 apart.
@@ -275,9 +312,9 @@ void DecodeKeys(const Grouping& grouping, int head_dim, const uint8_t* HWY_RESTR
         for (int j = 0; j < kPerByte; ++j) {
           const int t = row * kRowTokens + 16 * j + lane;
           if (t >= tokens) break;
-          const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(packed, kBits * j), mask));
-          const VF value = hn::Add(hn::Mul(codes, OfGroup(grouping, groups.factor, head_dim, t, c)),
-                                   OfGroup(grouping, groups.minimum, head_dim, t, c));
+          const VF value = ValuesOf<kBits>(hn::And(hn::ShiftRightSame(packed, kBits * j), mask),
+                                           OfGroup(grouping, groups.minimum, head_dim, t, c),
+                                           OfGroup(grouping, groups.factor, head_dim, t, c));
           hn::StoreU(value, df, out + t * head_dim + c);
         }
       }
@@ -303,9 +340,9 @@ void DecodeValues(const Grouping& grouping, int head_dim, const uint8_t* HWY_RES
           if (t >= tokens) break;
           for (int j = 0; j < kPerByte; ++j) {
             const int c = (row * kPerByte + j) * 16 + lane;
-            const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(packed, 8 * i + kBits * j), mask));
-            const VF value = hn::Add(hn::Mul(codes, OfGroup(grouping, groups.factor, head_dim, t, c)),
-                                     OfGroup(grouping, groups.minimum, head_dim, t, c));
+            const VF value = ValuesOf<kBits>(hn::And(hn::ShiftRightSame(packed, 8 * i + kBits * j), mask),
+                                             OfGroup(grouping, groups.minimum, head_dim, t, c),
+                                             OfGroup(grouping, groups.factor, head_dim, t, c));
             hn::StoreU(value, df, out + t * head_dim + c);
           }
         }
@@ -390,8 +427,10 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float cl
   const int num_groups = MetaGroups(g, bits);
   FindRanges(grouping, g.head_dim, x, row_stride, tokens, num_groups, &groups);
   FitGroups(num_groups, bits, clip, &groups, out + CodeBytes(g, bits));
-  const auto encode = side == Side::kK ? (bits == 2 ? &EncodeKeys<2> : &EncodeKeys<4>)
-                                       : (bits == 2 ? &EncodeValues<2> : &EncodeValues<4>);
+  const bool keys = side == Side::kK;
+  const auto encode = bits == 2   ? (keys ? &EncodeKeys<2> : &EncodeValues<2>)
+                      : bits == 4 ? (keys ? &EncodeKeys<4> : &EncodeValues<4>)
+                                  : (keys ? &EncodeKeys<8> : &EncodeValues<8>);
   encode(grouping, g.head_dim, x, row_stride, tokens, groups, out);
 }
 
@@ -400,8 +439,10 @@ void DecodeSide(const KvGeometry& g, Side side, int bits, int capacity, const ui
   if (bits == 16) return DecodeBf16(side, g.head_dim, capacity, in, tokens, out);
   Groups groups;
   ReadGroups(MetaGroups(g, bits), in + CodeBytes(g, bits), &groups);
-  const auto decode = side == Side::kK ? (bits == 2 ? &DecodeKeys<2> : &DecodeKeys<4>)
-                                       : (bits == 2 ? &DecodeValues<2> : &DecodeValues<4>);
+  const bool keys = side == Side::kK;
+  const auto decode = bits == 2   ? (keys ? &DecodeKeys<2> : &DecodeValues<2>)
+                      : bits == 4 ? (keys ? &DecodeKeys<4> : &DecodeValues<4>)
+                                  : (keys ? &DecodeKeys<8> : &DecodeValues<8>);
   decode(GroupingOf(g, side, bits), g.head_dim, in, tokens, groups, out);
 }
 

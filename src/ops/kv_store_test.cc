@@ -15,7 +15,7 @@
 namespace triaxial {
 namespace {
 
-constexpr Format kQuantized[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4};
+constexpr Format kQuantized[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kFp8};
 
 KvGeometry Geometry(Codec codec, int head_dim = 128) { return {1, 3, head_dim, codec}; }
 
@@ -203,13 +203,13 @@ TEST(StoreKv, SequencesDoNotDisturbEachOther) {
 // place overlaps the old one.
 TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format from : {Format::kBf16, Format::kK4V4, Format::kK4V2}) {
+    for (const Format from : {Format::kBf16, Format::kFp8, Format::kK4V4, Format::kK4V2}) {
       for (const Format to : kQuantized) {
         for (const uint32_t to_row : {0u, 5u, 10u, 200u}) {
           const KvGeometry g = Geometry(codec);
           const ClipRatios clip{0.9f, 0.9f};
           const uint32_t from_row = 5;
-          auto arena = DirtyArena(g, 250);
+          auto arena = DirtyArena(g, 270);
           const auto k = RandomRows(g, 64, 10), v = RandomRows(g, 64, 11);
           std::vector<std::vector<uint8_t>> expected;
           for (int head = 0; head < g.num_kv_heads; ++head) {

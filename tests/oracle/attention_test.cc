@@ -17,6 +17,7 @@
 namespace triaxial {
 namespace {
 
+constexpr Format kAllFormats[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kFp8, Format::kBf16};
 constexpr uint8_t kNanByte = 0xff;  // FP16, BF16 and F32 of it are not numbers
 
 struct SequenceShape {
@@ -208,7 +209,7 @@ std::vector<KvBlockRef> Blocks(int count, Format format, int tail_tokens) {
 TEST(AttentionOracle, EveryFormatCodecHeadSizeAndGroup) {
   uint32_t seed = 1;
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : kAllFormats) {
       for (const int head_dim : {64, 128}) {
         for (const int group : {1, 2, 3, 4, 5, 8, 16}) {
           Case c{.g = {1, 2, head_dim, codec}, .group = group};
@@ -225,7 +226,7 @@ TEST(AttentionOracle, EveryFormatCodecHeadSizeAndGroup) {
 
 TEST(AttentionOracle, PartialBlocks) {
   for (const int tokens : {1, 2, 3, 4, 15, 16, 17, 31, 33, 62, 63}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : {Format::kK2V2, Format::kK4V4, Format::kFp8, Format::kBf16}) {
       Case c{.g = {1, 1, 128, Codec::kRotated}, .group = 2};
       c.shapes = {{1, {{0, static_cast<uint8_t>(tokens), format}}}};
       c.Fill(static_cast<uint32_t>(tokens));
@@ -293,7 +294,7 @@ TEST(AttentionOracle, RaggedBatchesOfMixedFormats) {
 // exponentials overflow.
 TEST(AttentionOracle, ExtremeLogits) {
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : kAllFormats) {
       for (const float size : {8.0f, 32.0f}) {
         Case c{.g = {1, 1, 128, codec}, .group = 4, .q_size = size, .k_size = size};
         c.shapes = {{1, Blocks(6, format, 9)}, {5, Blocks(2, format, 0)}};
