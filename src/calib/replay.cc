@@ -9,9 +9,31 @@
 namespace triaxial {
 namespace {
 
-// A step's completed blocks take their place before the tail gives its own back.
+constexpr int kConvertsPerStep = 32;  // as in the scheduler
+
+// Room for a conversation in BF16 twice: what its steps leave behind where the template dropped thoughts
+// stays until it is needed.
 int64_t LaneRows(const KvGeometry& geometry, int32_t longest) {
-  return (int64_t{longest} / kBlockTokens + 3) * UnitsOf(geometry, Format::kBf16);
+  return (int64_t{longest} / kBlockTokens * 2 + 8) * UnitsOf(geometry, Format::kBf16);
+}
+
+std::vector<KvToken> TokensOf(const RecordedStep& step) {
+  const Prompt& prompt = step.prompt;
+  std::vector<KvToken> tokens;
+  const std::vector<Tag> tags = TagTokens(prompt.spans, static_cast<int32_t>(prompt.tokens.size()));
+  for (size_t i = 0; i < tags.size(); ++i) {
+    tokens.push_back({ContentId::OfToken(prompt.tokens[i]), static_cast<uint8_t>(tags[i].index())});
+  }
+  for (const PromptImage& image : prompt.images) {
+    for (int32_t i = 0; i < image.tokens; ++i) {
+      tokens[static_cast<size_t>(image.begin + i)].content =
+          ContentId::OfPicture(image.patches->hash_lo, image.patches->hash_hi, i);
+    }
+  }
+  for (size_t i = 0; i < step.output.size(); ++i) {
+    tokens.push_back({ContentId::OfToken(step.output[i]), step.tags[i]});
+  }
+  return tokens;
 }
 
 }  // namespace
@@ -29,31 +51,43 @@ Result<std::unique_ptr<Replay>> Replay::Create(Model* model, std::span<const Pol
   replay->lanes_.reserve(policies.size());
   for (const Policy& policy : policies) {
     const int64_t rows = LaneRows(geometry, longest);
-    replay->lanes_.emplace_back(geometry, rows);
-    Lane& lane = replay->lanes_.back();
-    lane.first_row = static_cast<uint32_t>(rows * static_cast<int64_t>(replay->lanes_.size() - 1));
-    lane.wishes = WishesOf(policy, geometry, model->calibration(), model->dummy_weights());
-    lane.recent_window = policy.recent_window;
+    replay->lanes_.emplace_back(
+        geometry, rows,
+        NeedsOf(policy, geometry, model->calibration(), model->dummy_weights(), /*budget_bits=*/0));
+    replay->lanes_.back().first_row =
+        static_cast<uint32_t>(rows * static_cast<int64_t>(replay->lanes_.size() - 1));
   }
   return replay;
 }
 
 // What the server does when the request of this step arrives.
-void Replay::Begin(const RecordedStep& step, const std::vector<Tag>& tags, Lane* lane) {
-  lane->tokens.clear();
-  for (const Tag& tag : tags) {
-    const auto index = static_cast<size_t>(tag.index());
-    lane->tokens.push_back({.tag = static_cast<uint8_t>(index), .wish = lane->wishes[index]});
+void Replay::Begin(const std::vector<KvToken>& tokens, size_t prompt, Lane* lane) {
+  lane->tokens = tokens;
+  lane->id = lane->cache.CreateSequence({.salt = "", .tokens = std::span(tokens).first(prompt)});
+  lane->computed = lane->cache.Length(lane->id);
+}
+
+// Blocks that nobody uses go when their rows are needed; the memory is large enough that none in use has to
+// be re-quantized for room. Those whose tags grew older are, as in each step of the scheduler.
+void Replay::MakeRoom(std::span<const KvToken> tokens, Lane* lane) {
+  KvCache& cache = lane->cache;
+  const int64_t rows = cache.RowsToAppend(lane->id, tokens);
+  if (!cache.Fits(rows)) cache.Reclaim(rows, nullptr, {});
+  if (!cache.FitsWithoutCompaction(rows)) {
+    cache.Compact([&](uint32_t from, uint32_t to, int count) {
+      memory_->Move(lane->first_row + from, lane->first_row + to, count);
+    });
   }
-  for (const uint8_t tag : step.tags) lane->tokens.push_back({.tag = tag, .wish = lane->wishes[tag]});
-  lane->id = lane->cache.CreateSequence(lane->recent_window);
-  lane->computed = 0;
+  lane->converts.clear();
+  cache.AgeBlocks(kConvertsPerStep, &lane->converts);
 }
 
 // Nobody asks what follows the last token, so it is never computed.
 int32_t Replay::PieceEnd(const RecordedStep& step, const Lane& lane) const {
   const auto prompt = static_cast<int32_t>(step.prompt.tokens.size());
-  if (lane.computed < prompt) return std::min(lane.computed + options_.chunk, prompt);
+  if (lane.computed < prompt) {
+    return std::min(lane.computed + std::min(options_.chunk, lane.cache.NextStop(lane.id)), prompt);
+  }
   return std::min((lane.computed / kBlockTokens + 1) * kBlockTokens, step.length() - 1);
 }
 
@@ -64,8 +98,10 @@ Status Replay::AddPiece(const RecordedStep& step, const FeaturesOf& features, si
   const int32_t row = batch_.rows();
   const auto tokens =
       std::span(lane.tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin));
+  MakeRoom(tokens, &lane);
   RETURN_IF_ERROR(lane.cache.Append(lane.id, tokens, &append_));
-  for (KvConvert convert : append_.converts) {
+  lane.converts.insert(lane.converts.end(), append_.converts.begin(), append_.converts.end());
+  for (KvConvert convert : lane.converts) {
     convert.from_row += lane.first_row;
     convert.to_row += lane.first_row;
     batch_.converts.push_back(convert);
@@ -102,7 +138,6 @@ Status Replay::AddPiece(const RecordedStep& step, const FeaturesOf& features, si
     CHECK(found != features.end());
     batch_.visual.push_back({row + first - begin, first - image.begin, last - first, &found->second});
   }
-  lane.computed = end;
   in_step_.push_back(index);
   return OkStatus();
 }
@@ -133,7 +168,10 @@ Status Replay::Play(const RecordedStep& step, const FeaturesOf& features, const 
     }
     if (logits_.size() < rows_.size() * vocab) logits_.resize(rows_.size() * vocab);
     model_->Forward(batch_, memory_.get(), logits_.data());
-    for (const size_t i : in_step_) lanes_[i].cache.FinishStep();
+    for (const size_t i : in_step_) {
+      lanes_[i].cache.FinishStep();
+      lanes_[i].computed = lanes_[i].cache.Length(lanes_[i].id);
+    }
     if (!rows_.empty()) sink(rows_, logits_.data());
   }
   for (Lane& lane : lanes_) Finish(&lane);

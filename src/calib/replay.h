@@ -46,9 +46,10 @@ class Replay {
   // Bytes of KV memory that a lane takes.
   static int64_t LaneBytes(const KvGeometry& geometry, int32_t longest);
 
-  // Plays a step in every lane: the prompt in chunks, then the recorded output token by token as decoding
-  // would store it (all rows up to the next block's end at once: they read the same cache). ResourceExhausted
-  // if a lane is too small.
+  // Plays a step in every lane, after those before it of one conversation: blocks that the steps before left
+  // are found again, and re-quantized if their tags grew older; the rest of the prompt in chunks, then the
+  // recorded output token by token as decoding would store it (all rows up to the next block's end at once:
+  // they read the same cache). ResourceExhausted if a lane is too small.
   Status Play(const RecordedStep& step, const FeaturesOf& features, const Sink& sink);
 
   // What the last step took in a lane when its answer ended.
@@ -58,14 +59,13 @@ class Replay {
 
  private:
   struct Lane {
-    Lane(const KvGeometry& geometry, int64_t rows) : cache(geometry, rows) {}
+    Lane(const KvGeometry& geometry, int64_t rows, const TagNeeds& needs) : cache(geometry, rows, needs) {}
     KvCache cache;
     uint32_t first_row = 0;  // of its part of the memory
-    std::array<Format, kTags> wishes{};
-    int recent_window = 0;
     SequenceId id = 0;
     std::vector<KvToken> tokens;  // of the step: prompt and output
     int32_t computed = 0;
+    std::vector<KvConvert> converts;
     std::vector<KvBlockRef> view;
     KvUsage usage;
     std::vector<Format> blocks;
@@ -74,7 +74,8 @@ class Replay {
   Replay(Model* model, std::unique_ptr<KvMemory> memory, const ReplayOptions& options)
       : model_(model), memory_(std::move(memory)), options_(options) {}
 
-  void Begin(const RecordedStep& step, const std::vector<Tag>& tags, Lane* lane);
+  void Begin(const std::vector<KvToken>& tokens, size_t prompt, Lane* lane);
+  void MakeRoom(std::span<const KvToken> tokens, Lane* lane);
   int32_t PieceEnd(const RecordedStep& step, const Lane& lane) const;
   Status AddPiece(const RecordedStep& step, const FeaturesOf& features, size_t lane, int32_t end);
   void Finish(Lane* lane);
