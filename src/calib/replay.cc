@@ -151,8 +151,8 @@ void Replay::Finish(Lane* lane) {
 
 Status Replay::Play(const RecordedStep& step, const FeaturesOf& features, const Sink& sink) {
   const auto vocab = static_cast<size_t>(model_->config().text.vocab_size);
-  const std::vector<Tag> tags = TagTokens(step.prompt.spans, static_cast<int32_t>(step.prompt.tokens.size()));
-  for (Lane& lane : lanes_) Begin(step, tags, &lane);
+  const std::vector<KvToken> tokens = TokensOf(step);
+  for (Lane& lane : lanes_) Begin(tokens, step.prompt.tokens.size(), &lane);
   const int32_t end = step.length() - 1;
   const auto done = [&](const Lane& lane) { return lane.computed == end; };
   while (!std::all_of(lanes_.begin(), lanes_.end(), done)) {
