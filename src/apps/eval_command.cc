@@ -119,8 +119,10 @@ Command AddEval(CLI::App* app) {
   command
       ->add_option(
           "--kv", flags->policies,
-          "Policies, separated by commas: built-in names or JSON files, each with @rotated or @paper "
-          "behind it if it is for another codec than --kv-codec")
+          "Policies, separated by commas: POLICY[:BITS][+AXIS[-AXIS]][@CODEC]. POLICY is a built-in name or "
+          "a "
+          "JSON file; BITS, of a priced one, its budget; AXIS (temporal, modal, semantic) lets it see these "
+          "only; CODEC is rotated or paper")
       ->capture_default_str();
   command->add_option("--kv-codec", flags->model.kv_codec, "Codec of policies that name none")
       ->check(CLI::IsMember({"rotated", "paper"}))

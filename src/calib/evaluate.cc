@@ -115,44 +115,6 @@ class ConversationRun {
 
 }  // namespace
 
-Result<EvalPolicy> ParseEvalPolicy(const std::string& spec, Codec codec) {
-  EvalPolicy policy;
-  policy.codec = codec;
-  std::string name = spec;
-  const size_t at = spec.rfind('@');
-  std::string suffix;
-  if (at != std::string::npos) {
-    const std::optional<Codec> said = ParseCodec(spec.substr(at + 1));
-    if (!said) {
-      return InvalidArgument(
-          fmt::format("--kv {}: '{}' is no codec; use @rotated or @paper", spec, spec.substr(at + 1)));
-    }
-    policy.codec = *said;
-    name = spec.substr(0, at);
-    suffix = spec.substr(at);
-  }
-  ASSIGN_OR_RETURN(policy.policy, LoadPolicy(name));
-  policy.name = policy.policy.name + suffix;
-  return policy;
-}
-
-Result<std::vector<EvalPolicy>> ParseEvalPolicies(const std::string& list, Codec codec) {
-  std::vector<EvalPolicy> policies;
-  for (size_t begin = 0; begin <= list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    const std::string spec = list.substr(begin, end - begin);
-    begin = end + 1;
-    if (spec.empty())
-      return InvalidArgument("--kv " + list + " has an empty entry; separate policies by one comma");
-    ASSIGN_OR_RETURN(EvalPolicy policy, ParseEvalPolicy(spec, codec));
-    for (const EvalPolicy& other : policies) {
-      if (other.name == policy.name) return InvalidArgument("--kv has two policies named " + policy.name);
-    }
-    policies.push_back(std::move(policy));
-  }
-  return policies;
-}
-
 Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recorded,
                             const std::vector<EvalPolicy>& policies, const EvalOptions& options) {
   CHECK(!policies.empty());

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "calib/eval_policy.h"
 #include "calib/fidelity.h"
 #include "calib/recorded_steps.h"
 #include "calib/replay.h"
@@ -16,17 +17,6 @@
 #include "serve/served_model.h"
 
 namespace triaxial {
-
-// A policy as it is to be run.
-struct EvalPolicy {
-  std::string name;  // as tables show it: the policy's name, and the codec if it was said
-  Policy policy;
-  Codec codec = Codec::kRotated;
-};
-// "NAME", "FILE.json", either with "@rotated" or "@paper" behind it. Errors as LoadPolicy.
-Result<EvalPolicy> ParseEvalPolicy(const std::string& spec, Codec codec);
-// The comma-separated list of --kv; no name twice (InvalidArgument).
-Result<std::vector<EvalPolicy>> ParseEvalPolicies(const std::string& list, Codec codec);
 
 struct EvalOptions {
   ModelOptions model;  // its codec is not read

@@ -137,18 +137,6 @@ TEST(Evaluate, PoliciesDoNotDisturbEachOther) {
   EXPECT_NEAR(a.kl_mean, b.kl_mean, 0.02 * b.kl_mean);
 }
 
-TEST(Evaluate, PoliciesAreNamedWithTheirCodec) {
-  const auto policies = ParseEvalPolicies("paper,paper@paper,int2@rotated", Codec::kRotated);
-  ASSERT_TRUE(policies.ok()) << policies.status().message();
-  EXPECT_EQ((*policies)[0].name, "paper");
-  EXPECT_EQ((*policies)[0].codec, Codec::kRotated);
-  EXPECT_EQ((*policies)[1].name, "paper@paper");
-  EXPECT_EQ((*policies)[1].codec, Codec::kPaper);
-  for (const char* bad : {"", "paper,", "paper@", "paper@cuda", "none", "paper,paper"}) {
-    EXPECT_FALSE(ParseEvalPolicies(bad, Codec::kRotated).ok()) << bad;
-  }
-}
-
 TEST(EvaluationJson, HasTheKeysThatOthersRead) {
   const Json json = EvaluationJson(Run("int2", 1, {}), "pocket-agent", kHeldout);
   ASSERT_EQ(json["policies"].size(), 2u);
