@@ -33,22 +33,25 @@ std::string Percent(double rate, const Interval& interval) {
 }
 
 void PrintTable(const Evaluation& evaluation) {
-  Table table({"policy", "bits", "KV bytes/step", "steps exact %", "actions %", "conversations exact %",
-               "top-1 %", "KL mean", "KL p99", "perplexity"},
+  Table table({"policy", "bits", "KV bytes/step", "steps exact %", "conversations exact %", "top-1 %",
+               "KL mean", "KL p99", "perplexity", "with thoughts %"},
               {false, true, true, true, true, true, true, true, true, true});
   for (const PolicyScores& p : evaluation.policies) {
     const Fidelity& f = p.fidelity;
     table.Add({Bold(p.policy.name), Fixed(f.effective_bits, 2), Bytes(f.kv_bytes),
-               Percent(f.step_exact, f.step_exact_ci), Percent(f.action_match, f.action_match_ci),
-               Percent(f.episode_exact, f.episode_exact_ci), Fixed(100 * f.top1_agreement, 2),
-               fmt::format("{:.2e}", f.kl_mean), fmt::format("{:.2e}", f.kl_p99),
-               fmt::format("{:.4f}", f.perplexity)});
+               Percent(f.action_match, f.action_match_ci), Percent(f.episode_exact, f.episode_exact_ci),
+               Fixed(100 * f.top1_agreement, 2), fmt::format("{:.2e}", f.kl_mean),
+               fmt::format("{:.2e}", f.kl_p99), fmt::format("{:.4f}", f.perplexity),
+               Fixed(100 * f.all_exact, 1)});
   }
   table.Print();
   const Fidelity& f = evaluation.policies[0].fidelity;
   std::printf(
-      "\n%s conversations, %s answers, %s tokens, teacher-forced. In brackets: 95%% intervals, conversations "
-      "resampled.\nBits and bytes count whole blocks, metadata and BF16 tails.\n",
+      "\n%s conversations, %s steps, %s tokens, teacher-forced. A step is exact if every token of its call "
+      "(name, all "
+      "arguments) or\nanswer is the most likely one; a conversation, if all its steps are. In brackets: 95%% "
+      "intervals, "
+      "conversations resampled.\nBits and bytes count whole blocks, metadata and BF16 tails.\n",
       Count(f.conversations).c_str(), Count(f.steps).c_str(), Count(f.tokens).c_str());
 }
 

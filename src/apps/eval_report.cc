@@ -24,8 +24,8 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
                 {"kv_bytes", f.kv_bytes},
                 {"action_match", f.action_match},
                 {"action_match_ci", Pair(f.action_match_ci)},
-                {"step_exact", f.step_exact},
-                {"step_exact_ci", Pair(f.step_exact_ci)},
+                {"all_tokens_exact", f.all_exact},
+                {"all_tokens_exact_ci", Pair(f.all_exact_ci)},
                 {"episode_exact", f.episode_exact},
                 {"episode_exact_ci", Pair(f.episode_exact_ci)},
                 {"top1_agreement", f.top1_agreement},
@@ -37,7 +37,7 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
                                       CountByConversation(p.steps, measure), kSeed));
     };
     row["minus_bf16"] = {{"action_match_ci", difference(Measure::kAction)},
-                         {"step_exact_ci", difference(Measure::kStepExact)},
+                         {"all_tokens_exact_ci", difference(Measure::kAllTokens)},
                          {"episode_exact_ci", difference(Measure::kEpisode)}};
     json["policies"].push_back(std::move(row));
   }

@@ -11,7 +11,7 @@
 namespace triaxial {
 
 // {"model", "trajectories", "conversations", "steps", "tokens", "policies": [{"name", "codec",
-// "effective_bits", "kv_bytes", "action_match", "action_match_ci", "step_exact", "step_exact_ci",
+// "effective_bits", "kv_bytes", "action_match", "action_match_ci", "all_tokens_exact", "all_tokens_exact_ci",
 // "episode_exact", "episode_exact_ci", "top1_agreement", "kl_mean", "kl_p99", "perplexity", "minus_bf16"}]}.
 // Rates from 0 to 1, intervals [low, high], bytes a mean over answers; "minus_bf16" are paired intervals of
 // the rates' differences from bf16.

@@ -116,7 +116,7 @@ std::vector<ConversationCount> CountByConversation(std::span<const StepScore> st
     if (counts.empty() || step.conversation != last) counts.emplace_back();
     last = step.conversation;
     ++counts.back().total;
-    counts.back().hits += measure == Measure::kAction ? step.action : step.exact;
+    counts.back().hits += measure == Measure::kAllTokens ? step.exact : step.action;
   }
   if (measure != Measure::kEpisode) return counts;
   for (ConversationCount& count : counts) count = {count.hits == count.total, 1};
@@ -156,7 +156,7 @@ Fidelity Summarize(std::span<const StepScore> steps, std::span<float> kl, int64_
     *interval = Bootstrap(counts, seed);
     f.conversations = static_cast<int64_t>(counts.size());
   };
-  rate(Measure::kStepExact, &f.step_exact, &f.step_exact_ci);
+  rate(Measure::kAllTokens, &f.all_exact, &f.all_exact_ci);
   rate(Measure::kAction, &f.action_match, &f.action_match_ci);
   rate(Measure::kEpisode, &f.episode_exact, &f.episode_exact_ci);
   return f;

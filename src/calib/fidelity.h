@@ -52,11 +52,11 @@ struct Fidelity {
   int64_t steps = 0;
   int64_t conversations = 0;
   int64_t tokens = 0;
-  double step_exact = 0;
-  Interval step_exact_ci;
+  double all_exact = 0;  // steps all of whose tokens are exact, thoughts too
+  Interval all_exact_ci;
   double action_match = 0;
   Interval action_match_ci;
-  double episode_exact = 0;  // conversations all of whose steps are exact
+  double episode_exact = 0;  // conversations all of whose actions match
   Interval episode_exact_ci;
   double top1_agreement = 0;
   double kl_mean = 0;
@@ -79,7 +79,7 @@ Interval Bootstrap(std::span<const ConversationCount> counts, uint64_t seed);
 Interval BootstrapDifference(std::span<const ConversationCount> a, std::span<const ConversationCount> b,
                              uint64_t seed);
 
-enum class Measure { kStepExact, kAction, kEpisode };
+enum class Measure { kAllTokens, kAction, kEpisode };
 // Per conversation, in order of first appearance.
 std::vector<ConversationCount> CountByConversation(std::span<const StepScore> steps, Measure measure);
 

@@ -62,17 +62,17 @@ TEST(Summarize, CountsStepsConversationsAndBytes) {
   EXPECT_EQ(f.steps, 5);
   EXPECT_EQ(f.conversations, 3);
   EXPECT_EQ(f.tokens, 50);
-  EXPECT_DOUBLE_EQ(f.step_exact, 3.0 / 5);
+  EXPECT_DOUBLE_EQ(f.all_exact, 3.0 / 5);
   EXPECT_DOUBLE_EQ(f.action_match, 4.0 / 5);
-  EXPECT_DOUBLE_EQ(f.episode_exact, 1.0 / 3);
+  EXPECT_DOUBLE_EQ(f.episode_exact, 2.0 / 3);
   EXPECT_DOUBLE_EQ(f.top1_agreement, 0.9);
   EXPECT_NEAR(f.perplexity, 2, 1e-9);
   EXPECT_NEAR(f.kl_mean, 0.1, 1e-9);
   EXPECT_EQ(f.kl_p99, 0);  // one of fifty lies above the 99th percentile
   EXPECT_DOUBLE_EQ(f.kv_bytes, 512);
   EXPECT_DOUBLE_EQ(f.effective_bits, 8.0 * 512 / (2 * kElements));
-  EXPECT_LE(f.step_exact_ci.low, f.step_exact);
-  EXPECT_GE(f.step_exact_ci.high, f.step_exact);
+  EXPECT_LE(f.action_match_ci.low, f.action_match);
+  EXPECT_GE(f.action_match_ci.high, f.action_match);
 }
 
 TEST(Bootstrap, IsTheBinomialIntervalWhenEveryConversationHasOneStep) {

@@ -84,8 +84,8 @@ TEST(RecordedSteps, BadFilesGetAnAnswer) {
   EXPECT_NE(prepare(R"({"messages": 3, "id": "x"})").find("(x)"), std::string::npos);
   EXPECT_NE(
       prepare(
-          R"({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "no.png"}}]},
-                                     {"role": "assistant", "content": "b"}]})")
+          R"({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "no.png"}}]},)"
+          R"({"role": "assistant", "content": "b"}]})")
           .find("image 0"),
       std::string::npos);
   std::string words;
@@ -97,7 +97,7 @@ TEST(RecordedSteps, BadFilesGetAnAnswer) {
   std::filesystem::remove(path);
 }
 
-Evaluation Run(const std::string& policies, size_t conversations, const ReplayOptions& replay) {
+Evaluation EvaluateHeldout(const std::string& policies, size_t conversations, const ReplayOptions& replay) {
   EvalOptions options;
   options.replay = replay;
   Result<Evaluation> evaluation = Evaluate(Served(), Recorded(conversations),
@@ -107,12 +107,12 @@ Evaluation Run(const std::string& policies, size_t conversations, const ReplayOp
 }
 
 TEST(Evaluate, Bf16AgreesWithItselfAndFewBitsCostLittle) {
-  const Evaluation evaluation = Run("bf16,int4,int2@paper", 2, {});
+  const Evaluation evaluation = EvaluateHeldout("bf16,int4,int2@paper", 2, {});
   ASSERT_EQ(evaluation.policies.size(), 3u);
   const Fidelity& bf16 = evaluation.policies[0].fidelity;
   EXPECT_EQ(bf16.top1_agreement, 1);
   EXPECT_LT(bf16.kl_mean, 1e-7);
-  EXPECT_EQ(bf16.step_exact, 1);
+  EXPECT_EQ(bf16.action_match, 1);
   EXPECT_EQ(bf16.episode_exact, 1);
   EXPECT_GT(bf16.effective_bits, 16);  // the tail's room
   const Fidelity& int4 = evaluation.policies[1].fidelity;
@@ -123,13 +123,13 @@ TEST(Evaluate, Bf16AgreesWithItselfAndFewBitsCostLittle) {
   const Fidelity& int2 = evaluation.policies[2].fidelity;
   EXPECT_GT(int2.kl_mean, int4.kl_mean);
   EXPECT_GT(int2.effective_bits, 3);
-  EXPECT_GE(int2.step_exact, 0.9);
+  EXPECT_GE(int2.action_match, 0.9);
 }
 
 // The figures must not depend on which policies run side by side, nor on how many fit.
 TEST(Evaluate, PoliciesDoNotDisturbEachOther) {
-  const Evaluation together = Run("int4,int2,paper", 1, {.chunk = 200, .max_rows = 450});
-  const Evaluation alone = Run("int2", 1, {.chunk = 200, .max_rows = 200});
+  const Evaluation together = EvaluateHeldout("int4,int2,paper", 1, {.chunk = 200, .max_rows = 450});
+  const Evaluation alone = EvaluateHeldout("int2", 1, {.chunk = 200, .max_rows = 200});
   const Fidelity& a = together.policies[2].fidelity;
   const Fidelity& b = alone.policies[1].fidelity;
   EXPECT_EQ(together.policies[2].policy.name, "int2");
@@ -138,7 +138,7 @@ TEST(Evaluate, PoliciesDoNotDisturbEachOther) {
 }
 
 TEST(EvaluationJson, HasTheKeysThatOthersRead) {
-  const Json json = EvaluationJson(Run("int2", 1, {}), "pocket-agent", kHeldout);
+  const Json json = EvaluationJson(EvaluateHeldout("int2", 1, {}), "pocket-agent", kHeldout);
   ASSERT_EQ(json["policies"].size(), 2u);
   EXPECT_EQ(json["policies"][0]["name"], "bf16");
   for (const Json& policy : json["policies"]) {
