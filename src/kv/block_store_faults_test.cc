@@ -50,11 +50,13 @@ std::string GoodFile(uint64_t number = 1) {
 
 const char kFirst[] = "0000000000000001.kv";
 
-// Opens a folder with this file and gets all blocks twice: each is what it was or is gone. How many were
-// found.
-int Survivors(const TempDir& dir, const std::string& bytes, BlockStoreStats* stats) {
+// Opens a folder with this file and gets all blocks twice: each is what it was or is gone. Returns how many
+// were found; `indexed`: how many the store believed in before it read them.
+int Survivors(const TempDir& dir, const std::string& bytes, BlockStoreStats* stats,
+              int64_t* indexed = nullptr) {
   dir.Write(kFirst, bytes);
   const auto store = OpenStore(0, dir.path(), kMany);
+  if (indexed != nullptr) *indexed = store->Stats().disk_blocks;
   int found = 0;
   for (uint32_t seed = 0; seed < kBlocks; ++seed) {
     const SleepingBlock block = MakeBlock(seed);
@@ -152,10 +154,12 @@ TEST(BlockFaults, AFileCutShortAnywhereKeepsTheBlocksBeforeTheCut) {
   for (size_t size = 0; size < good.size() && !HasFailure(); size += size < 1600 ? 7 : 41) {
     SCOPED_TRACE(std::to_string(size) + " bytes");
     BlockStoreStats stats;
-    const int found = Survivors(dir, good.substr(0, size), &stats);
+    int64_t indexed = 0;
+    const int found = Survivors(dir, good.substr(0, size), &stats, &indexed);
     std::filesystem::remove(dir.File("0000000000000002.kv"));
     const size_t records = size < kFileHeaderBytes ? 0 : (size - kFileHeaderBytes) / kTestRecord;
     EXPECT_EQ(found, static_cast<int>(records));
+    EXPECT_EQ(indexed, found) << "a torn block is not promised";
     const bool whole = size >= kFileHeaderBytes && (size - kFileHeaderBytes) % kTestRecord == 0;
     EXPECT_EQ(stats.corrupt, whole ? 0 : 1);
   }
@@ -320,6 +324,16 @@ TEST(BlockFaults, FilesReplacedDuringTheRun) {
   }
 }
 
+TEST(BlockFaults, AFileThatCannotBeRemovedAsAFileIsForgotten) {
+  const TempDir dir;
+  const auto store = OpenStore(0, dir.path(), 20 * kTestRecord);
+  for (uint32_t seed = 0; seed < 10; ++seed) ASSERT_TRUE(store->Put(MakeBlock(seed)));
+  std::filesystem::remove(dir.File(kFirst));
+  std::filesystem::create_directory(dir.File(kFirst));
+  for (uint32_t seed = 10; seed < 60; ++seed) EXPECT_TRUE(store->Put(MakeBlock(seed)));
+  EXPECT_TRUE(Returns(store.get(), MakeBlock(59)));
+}
+
 TEST(BlockFaults, AFolderThatCannotBeMadeIsAnError) {
   const TempDir dir;
   dir.Write("file", "");
@@ -358,8 +372,12 @@ TEST(BlockFaults, AFullDiskDropsBlocksWithOneWarning) {
   struct rlimit before;
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
   const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  struct rlimit full = before;
+  full.rlim_cur = 8000;  // the file that is written has room for a part of the next block
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+  EXPECT_TRUE(store->Put(MakeBlock(9)));
+  EXPECT_EQ(store->Stats().dropped, 1);
   for (const rlim_t limit : {rlim_t{1000}, rlim_t{100}, rlim_t{71}, rlim_t{0}}) {
-    struct rlimit full = before;
     full.rlim_cur = limit;
     ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
     for (uint32_t seed = 10; seed < 20; ++seed) {

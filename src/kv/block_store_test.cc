@@ -177,6 +177,34 @@ TEST(BlockStore, DiskIsBoundedAndForgetsTheFileLeastRecentlyUsed) {
     EXPECT_TRUE(store->Contains(MakeBlock(static_cast<uint32_t>(60 - i)).key));
 }
 
+// The copy on disk of a block that is used in host memory ages with it.
+TEST(BlockStore, UseInHostMemoryKeepsTheCopyOnDisk) {
+  const TempDir dir;
+  {
+    const auto store = OpenStore(3 * kTestRecord, dir.path(), 20 * kTestRecord);
+    ASSERT_TRUE(store->Put(MakeBlock(0)));
+    EXPECT_TRUE(store->Save().ok());
+    for (uint32_t seed = 1; seed < 60; ++seed) {
+      ASSERT_TRUE(store->Put(MakeBlock(seed)));
+      EXPECT_TRUE(Returns(store.get(), MakeBlock(0)));
+    }
+  }
+  EXPECT_TRUE(OpenStore(0, dir.path(), 20 * kTestRecord)->Contains(MakeBlock(0).key))
+      << "though nothing was saved";
+}
+
+TEST(BlockStore, SleepingAgainKeepsTheCopyOnDisk) {
+  const TempDir dir;
+  const auto store = OpenStore(2 * kTestRecord, dir.path(), 20 * kTestRecord);
+  for (uint32_t seed = 1; seed < 80; ++seed) {
+    if (seed % 8 == 1) {
+      ASSERT_TRUE(store->Put(MakeBlock(0)));
+    }
+    ASSERT_TRUE(store->Put(MakeBlock(seed)));
+    EXPECT_TRUE(store->Contains(MakeBlock(0).key)) << seed;
+  }
+}
+
 TEST(BlockStore, ABlockLargerThanAFileButNotThanTheDiskFits) {
   const TempDir dir;
   const int64_t disk = 4 * kTestRecord;
