@@ -95,7 +95,7 @@ Status RunDemo(const DemoFlags& flags) {
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     ASSIGN_OR_RETURN(runs[i].result, PlayPolicy(flags, trajectories, flags.policies[i]));
-    runs[i].wishes = WishesOf(runs[i].policy, geometry, calibration, flags.model.load_format == "dummy");
+    runs[i].needs = NeedsOf(runs[i].policy, geometry, calibration, flags.model.load_format == "dummy", 0);
   }
   if (flags.json) {
     Json json = Json::array();

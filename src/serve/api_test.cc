@@ -54,6 +54,9 @@ class FakeEngine : public Engine {
     return blocks;
   }
 
+  Status CheckIntegrity() override { return integrity; }
+  Status integrity;
+
   Request last() {
     const std::lock_guard lock(mutex_);
     return requests_.back();
