@@ -172,7 +172,7 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
     RmsNorm(hidden, layer.input_norm.data(), eps, rows, width, element_, normed);
     layer.qkv.Run(normed, rows, qkv);
     SplitHeads(layer, rows, qkv, cos, sin, q, k, v);
-    if (observer_) observer_(static_cast<int>(i), rows, q, k);
+    if (observer_) observer_(static_cast<int>(i), rows, q, k, v);
     attention_.Run({.geometry = geometry_,
                     .num_heads = config_.num_heads,
                     .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
