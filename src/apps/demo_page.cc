@@ -54,6 +54,10 @@ Json RunJson(const DemoRun& run, const KvGeometry& geometry) {
           {"kv_bytes_per_step", static_cast<double>(r.kv_bytes) / std::max(1, r.asked)},
           {"effective_bits", EffectiveBits(r, geometry)},
           {"capacity_ratio", CapacityRatio(r, geometry)},
+          {"cached_tokens", r.cached_tokens},
+          {"demotions", r.demotions},
+          {"evictions", r.evictions},
+          {"preemptions", r.preemptions},
           {"seconds", r.seconds}};
 }
 

@@ -142,6 +142,12 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
   const int64_t size = ByteSize(element_);
   CHECK(batch.positions.size() == batch.tokens.size() && arena->geometry() == geometry_);
 
+  if (rows == 0) {  // a step that only converts
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      ConvertKv(geometry_, clip_, arena->LayerData(static_cast<int>(i)), batch.converts);
+    }
+    return;
+  }
   auto* hidden = hidden_.Reserve<float>(rows * width);
   auto* cos = cos_.Reserve<float>(rows * config_.head_dim / 2);
   auto* sin = sin_.Reserve<float>(rows * config_.head_dim / 2);

@@ -250,6 +250,18 @@ TEST_F(ApiTest, TheBlocksOfAnAnswerAreShownToWhoAskedForIt) {
   EXPECT_EQ(Ask("GET", "/v1/kv", "", "two").json()["evictions"], 5);
 }
 
+TEST_F(ApiTest, TheCacheIsCountedOnDemand) {
+  ApiOptions options;
+  options.api_keys = {"one"};
+  Serve(std::move(options));
+  EXPECT_EQ(Ask("POST", "/v1/kv/check").status, 401);
+  EXPECT_EQ(Ask("POST", "/v1/kv/check", "", "one").json(), (Json{{"ok", true}, {"error", nullptr}}));
+  engine_->integrity = Internal("block 3 lies in two places");
+  const Answer answer = Ask("POST", "/v1/kv/check", "", "one");
+  EXPECT_EQ(answer.status, 200);
+  EXPECT_EQ(answer.json(), (Json{{"ok", false}, {"error", "block 3 lies in two places"}}));
+}
+
 TEST_F(ApiTest, RecordsWhatFinishedAndNothingElse) {
   const TempDir directory;
   const std::string path = directory.File("chats.jsonl");
