@@ -1,3 +1,5 @@
+#include <xxhash.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <map>
@@ -6,9 +8,6 @@
 #include "replay/recording_readers.h"
 #include "text/chat_template.h"
 #include "text/conversation.h"
-
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 
 namespace triaxial {
 namespace {

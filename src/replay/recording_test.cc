@@ -81,7 +81,7 @@ TEST(Recording, ReadsAzuresTrace) {
   ASSERT_TRUE(recording.ok()) << recording.status().message();
   ASSERT_EQ(recording->trace.size(), 40u);
   const RecordedRequest& second = recording->trace[1].steps[0];
-  EXPECT_NEAR(second.arrival, 4.3144890, 1e-6);  // 18:15:46.6805900 to 18:15:50.9951690
+  EXPECT_NEAR(second.arrival, 4.3145790, 1e-6);  // 18:15:46.6805900 to 18:15:50.9951690
   EXPECT_EQ(second.prompt_tokens, 396);
   EXPECT_EQ(second.output_tokens, 109);
   const RequestTokens a = TokensOf(*recording, second, 1);
@@ -122,12 +122,16 @@ TEST(Recording, EveryAssistantMessageIsAStep) {
     EXPECT_GT(step.rendered->system_tokens, 0);
     pictures = std::max(pictures, step.rendered->pictures.size());
     if (s == 0) continue;
-    // The conversation has grown: what came before is still there.
     const RequestTokens before = TokensOf(*recording, session.steps[s - 1]);
     const RequestTokens now = TokensOf(*recording, step);
-    EXPECT_GT(step.prompt_tokens, session.steps[s - 1].prompt_tokens);
-    EXPECT_GE(SharedPrefix(before, now) + 8, static_cast<size_t>(session.steps[s - 1].prompt_tokens));
+    EXPECT_GE(SharedPrefix(before, now), static_cast<size_t>(step.rendered->system_tokens));
   }
+  // The template drops the thoughts of earlier turns, so a prompt may be shorter than the one before; but the
+  // conversation has grown, and its first message is where it was.
+  EXPECT_GT(session.steps.back().prompt_tokens, session.steps[0].prompt_tokens);
+  const RequestTokens first = TokensOf(*recording, session.steps[0]);
+  EXPECT_GE(SharedPrefix(first, TokensOf(*recording, session.steps.back())),
+            static_cast<size_t>(session.steps[0].prompt_tokens) - 8);
   EXPECT_GT(pictures, 0u);
 }
 
@@ -170,7 +174,8 @@ TEST(Recording, HostileTracesAreRefused) {
        "line 2"},
       {"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44,1\n", "line 2"},
       {"{\"messages\": 7}\n", "messages"},
-      {"{\"messages\": []}\n", "no conversation"},
+      {"{\"messages\": []}\n", "line 1"},
+      {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n", "no conversation"},
       {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"pope\", \"content\": "
        "\"b\"}]}\n",
        "messages[1]"},

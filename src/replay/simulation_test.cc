@@ -142,20 +142,28 @@ TEST(Simulation, CapacityIsTheSumOfBytesForEveryMix) {
     recording.mix.turn.clear();
     if (tenths > 0) recording.mix.turn.push_back({Modal::kImage, Semantic::kObs, 128 * tenths});
     if (tenths < 10) recording.mix.turn.push_back({Modal::kText, Semantic::kInst, 128 * (10 - tenths)});
-    for (int i = 0; i < 300; ++i) recording.trace.push_back(Request(0, 1280 * 4, 1));
-    const SimulationOptions options = Options("paper", 24 << 20);
+    constexpr int kPrompt = 1280 * 16, kAnswer = 40;
+    for (int i = 0; i < 60; ++i) recording.trace.push_back(Request(0, kPrompt, kAnswer));
+    SimulationOptions options = Options("paper", 96 << 20);
+    options.max_step_tokens = 1 << 16;  // many are there before the first has its answer
     const SimulationResult result = Replay(recording, options);
     const double bits = (tenths * EffectiveBits(geometry, Format::kK2V2) +
                          (10 - tenths) * EffectiveBits(geometry, Format::kK4V4)) /
                         10;
-    EXPECT_EQ(result.finished, 300);
+    EXPECT_EQ(result.finished, 60);
     EXPECT_LE(result.rounding_loss, 0.03) << tenths;
     EXPECT_NEAR(result.block_bits / bits, 1, 0.03) << tenths;
-    // The arena fills up: what is left is less than a request.
-    const double capacity = 8.0 * static_cast<double>(options.kv_bytes) /
-                            (bits * 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim);
-    EXPECT_GT(static_cast<double>(result.peak_tokens), capacity - 5120 - 0.03 * capacity) << tenths;
-    EXPECT_LE(static_cast<double>(result.peak_tokens), capacity) << tenths;
+    // The arena fills up until one more request, its tail and a block of growth do not fit.
+    const double bytes_per_token =
+        bits / 8 * 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim;
+    const auto tail = static_cast<double>(BlockBytes(geometry, Format::kBf16));
+    const double held =
+        static_cast<double>(result.peak_tokens) * bytes_per_token + result.peak_running * tail;
+    const double one_more = kPrompt * bytes_per_token + 2 * tail;
+    EXPECT_GT(held + one_more, 0.97 * static_cast<double>(options.kv_bytes)) << tenths;
+    EXPECT_LE(static_cast<double>(result.peak_tokens) * bytes_per_token,
+              1.03 * static_cast<double>(options.kv_bytes))
+        << tenths;
   }
 }
 

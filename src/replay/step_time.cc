@@ -47,6 +47,9 @@ double StepSeconds(const ModelCost& model, const DeviceSpec& device, const StepW
   const double bandwidth = device.bandwidth * device.bandwidth_share;
   const double flops = device.flops * device.flops_share;
 
+  const double moved = static_cast<double>(work.moved_bytes) / bandwidth + device.step_seconds;
+  if (work.rows == 0) return moved;
+
   double weights = static_cast<double>(model.layer_weights);
   double products = weights * static_cast<double>(work.rows);
   if (work.logits_rows > 0) {
@@ -66,8 +69,7 @@ double StepSeconds(const ModelCost& model, const DeviceSpec& device, const StepW
              (device.bandwidth * device.KvShare(static_cast<Format>(f)));
   }
   return std::max(2 * weights / bandwidth, 2 * products / flops) +
-         std::max(reads, model.attention_flops * work.contexts / flops) +
-         static_cast<double>(work.moved_bytes) / bandwidth + device.step_seconds;
+         std::max(reads, model.attention_flops * work.contexts / flops) + moved;
 }
 
 }  // namespace triaxial

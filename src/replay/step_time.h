@@ -5,10 +5,10 @@
 //                   4 * heads * head_dim * layers * sum over rows of their context / (flops * share))
 //   step      = weights + attention + moved bytes / (bandwidth * share) + step_seconds
 //
-// Products and attention follow each other in every layer, so each has its own maximum. Weights are read once
-// a step; a row whose next token is wanted adds lm_head, a picture's patches the products of the vision tower
-// (its attention is left out). KV bytes are those that a row's sequence has stored: once per step and
-// sequence.
+// A step without rows only moves blocks. Products and attention follow each other in every layer, so each has
+// its own maximum. Weights are read once a step; a row whose next token is wanted adds lm_head, a picture's
+// patches the products of the vision tower (its attention is left out). KV bytes are those that a row's
+// sequence has stored: once per step and sequence.
 #ifndef TRIAXIAL_REPLAY_STEP_TIME_H_
 #define TRIAXIAL_REPLAY_STEP_TIME_H_
 
