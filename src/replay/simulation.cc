@@ -235,7 +235,9 @@ class Simulation {
     const double elements_per_token = 2.0 * g.num_layers * g.num_kv_heads * g.head_dim;
     r.effective_bits = 8 * used_bytes_ / (tokens * elements_per_token);
     if (block_tokens > 0) r.block_bits = 8 * block_bytes / (block_tokens * elements_per_token);
-    if (block_bytes > 0) r.rounding_loss = std::max(0.0, 1 - needed / block_bytes);
+    // Below a millionth it is the rounding of these sums.
+    const double lost = block_bytes > 0 ? 1 - needed / block_bytes : 0;
+    r.rounding_loss = lost > 1e-6 ? lost : 0;
     r.tail_share = tail_bytes_ / used_bytes_;
     r.capacity_tokens =
         std::llround(static_cast<double>(cache_.total_rows() * row_bytes_) * tokens / used_bytes_);
