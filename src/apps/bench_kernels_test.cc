@@ -38,17 +38,17 @@ TEST(CpuKernelBench, MeasuresWhatIsRight) {
   const std::unique_ptr<KernelBench> bench = CpuKernelBench(1 << 20);
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
     const KvGeometry g{1, 2, 128, codec};
-    AttentionCase attention{g, 4, 2, 1024, 1, ParseFormatMix("50k2v2+25k4v4+25bf16").value()};
+    AttentionCase attention{g, 4, 2, 1024, 1, ParseFormatMix("50k2v2+25fp8+25bf16").value()};
     const Result<KernelTime> decode = bench->TimeAttention(attention, 0.01);
     ASSERT_TRUE(decode.ok()) << decode.status().message();
     EXPECT_GT(decode->seconds, 0);
     EXPECT_EQ(decode->bytes, 2 * 2 *
-                                 (8 * HeadBytes(g, Format::kK2V2) + 4 * HeadBytes(g, Format::kK4V4) +
+                                 (8 * HeadBytes(g, Format::kK2V2) + 4 * HeadBytes(g, Format::kFp8) +
                                   4 * HeadBytes(g, Format::kBf16)));
     using Op = CodecCase::Op;
     for (const CodecCase& c :
          {CodecCase{g, Op::kAppend, 16}, CodecCase{g, Op::kStore, 16, Format::kBf16, Format::kK4V2},
-          CodecCase{g, Op::kConvert, 16, Format::kBf16, Format::kK2V2},
+          CodecCase{g, Op::kConvert, 16, Format::kBf16, Format::kFp8},
           CodecCase{g, Op::kConvert, 16, Format::kK4V4, Format::kK2V2}}) {
       const Result<KernelTime> time = bench->TimeCodec(c, 0.01);
       ASSERT_TRUE(time.ok()) << time.status().message();

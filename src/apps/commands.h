@@ -39,10 +39,16 @@ struct ModelFlags {
   int max_num_seqs = 64;
   int max_num_batched_tokens = 0;
   int threads = 0;
+  double kv_budget_bits = 0;
+  std::string kv_host_bytes = "0";
+  std::string kv_disk_dir;
+  std::string kv_disk_bytes = "16G";
+  int max_queued = 256;
 };
 void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags);      // --kv-policy, --kv-codec
-void AddEngineFlags(CLI::App* app, ModelFlags* flags);      // the rest
+void AddEngineFlags(CLI::App* app, ModelFlags* flags);      // how it computes, and with how much memory
+void AddServerFlags(CLI::App* app, ModelFlags* flags);      // what idle sessions and the queue may take
 
 // Loads weights and starts the engine; says what it does on stderr.
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model);

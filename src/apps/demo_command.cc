@@ -37,11 +37,11 @@ Result<PlayResult> PlayPolicy(const DemoFlags& flags, const std::vector<Trajecto
   play.model = model.name;
   play.label = policy;
   play.in_flight = flags.in_flight;
-  HttpOptions http;
-  http.host = play.host;
-  http.port = 0;
+  ApiOptions api;
+  api.http.host = play.host;
+  api.http.port = 0;
   ASSIGN_OR_RETURN(const std::unique_ptr<ApiServer> server,
-                   ApiServer::Start(std::move(model), std::move(engine), http, {}));
+                   ApiServer::Start(std::move(model), std::move(engine), std::move(api)));
   play.port = server->port();
   spdlog::info("policy {}: playing against http://{}:{}/v1", policy, play.host, play.port);
   Result<PlayResult> result = Play(trajectories, play);

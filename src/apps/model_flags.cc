@@ -2,6 +2,7 @@
 #include <iostream>
 #include <iterator>
 
+#include "apps/checkpoint_identity.h"
 #include "apps/commands.h"
 #include "apps/terminal.h"
 #include "base/file.h"
@@ -28,6 +29,16 @@ std::string PolicyNames() {
   for (const std::string_view name : BuiltinPolicies())
     names += std::string(names.empty() ? "" : ", ") + std::string(name);
   return names;
+}
+
+// Bytes of an option's value.
+Result<int64_t> BytesOf(const char* option, const std::string& value) {
+  const int64_t bytes = ParseBytes(value);
+  if (bytes < 0) {
+    return InvalidArgument(std::string(option) + " " + value +
+                           " is not a size; give bytes, or a number with K, M, G or T");
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -62,6 +73,9 @@ void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
   app->add_option(
       "--kv-memory", flags->kv_memory,
       "Bytes of the KV cache, e.g. 512M or 4G (default: a quarter of the machine's memory at most)");
+  app->add_option("--kv-budget-bits", flags->kv_budget_bits,
+                  "Effective bits that a priced policy spends at rest (default: the policy's own)")
+      ->check(CLI::Range(0.0, 16.0));
   app->add_option("--max-model-len", flags->max_model_len,
                   "Longest sequence in tokens (default: the model's)")
       ->check(CLI::Range(0, 1 << 24));
@@ -75,17 +89,44 @@ void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
       ->check(CLI::Range(0, 1024));
 }
 
+void AddServerFlags(CLI::App* app, ModelFlags* flags) {
+  app->add_option("--kv-host-bytes", flags->kv_host_bytes,
+                  "Host memory in which KV blocks of idle sessions sleep, e.g. 4G; 0 for none")
+      ->capture_default_str();
+  CLI::Option* directory = app->add_option(
+      "--kv-disk-dir", flags->kv_disk_dir,
+      "Directory of files in which they sleep then, found again after a restart (default: none)");
+  app->add_option("--kv-disk-bytes", flags->kv_disk_bytes, "Most that these files may take")
+      ->needs(directory)
+      ->capture_default_str();
+  app->add_option("--max-queued", flags->max_queued,
+                  "Waiting requests; more are refused with 429 and Retry-After")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+}
+
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model) {
   SetComputeThreads(flags.threads);
   EngineOptions options;
   ASSIGN_OR_RETURN(options.policy, LoadPolicy(flags.kv_policy));
   if (!flags.kv_memory.empty()) {
-    options.kv_memory = ParseBytes(flags.kv_memory);
-    if (options.kv_memory <= 0) {
-      return InvalidArgument("--kv-memory " + flags.kv_memory +
-                             " is not a size; give bytes, or a number with K, M, G or T");
-    }
+    ASSIGN_OR_RETURN(options.kv_memory, BytesOf("--kv-memory", flags.kv_memory));
+    if (options.kv_memory == 0) return InvalidArgument("--kv-memory is 0; leave it out to let it be chosen");
   }
+  if (flags.kv_budget_bits > 0 && !options.policy.priced) {
+    return InvalidArgument("--kv-budget-bits needs a policy with a distortion table; '" +
+                           options.policy.name + "' says fixed formats");
+  }
+  options.kv_budget_bits = flags.kv_budget_bits;
+  ASSIGN_OR_RETURN(options.store.host_bytes, BytesOf("--kv-host-bytes", flags.kv_host_bytes));
+  options.store.disk_dir = flags.kv_disk_dir;
+  if (!flags.kv_disk_dir.empty()) {
+    ASSIGN_OR_RETURN(options.store.disk_bytes, BytesOf("--kv-disk-bytes", flags.kv_disk_bytes));
+    // Arithmetic in F32 makes other keys and values than BF16 does.
+    ASSIGN_OR_RETURN(options.store.fingerprint, CheckpointIdentity(model.directory, flags.tokenizer));
+    options.store.fingerprint += " " + flags.dtype + " " + flags.load_format;
+  }
+  options.max_queued = flags.max_queued;
   options.max_model_len = flags.max_model_len;
   options.max_running = flags.max_num_seqs;
   ModelOptions model_options;

@@ -41,6 +41,8 @@ std::string Paint(Format format, std::string_view text) {
       return Colored(43, text);
     case Format::kK4V4:
       return Colored(214, text);
+    case Format::kFp8:
+      return Colored(209, text);
     case Format::kBf16:
       return Colored(203, text);
   }

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "base/float16.h"
+#include "base/float8.h"
 #include "base/json.h"
 
 namespace triaxial {
@@ -45,6 +46,32 @@ TEST(Float16, Bf16RoundsToNearestEvenAndKeepsNaN) {
   EXPECT_EQ(FloatToBf16(1.01171875f), 0x3f82);  // halfway: to even
   EXPECT_EQ(FloatToBf16(1.0040f), 0x3f81);
   EXPECT_TRUE(std::isnan(Bf16ToFloat(FloatToBf16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(Float8, E4m3RoundTripsEveryNumber) {
+  EXPECT_EQ(E4m3ToFloat(0x7e), 448.0f);
+  EXPECT_EQ(E4m3ToFloat(0x01), 0x1p-9f);
+  EXPECT_EQ(E4m3ToFloat(0x08), 0x1p-6f);
+  for (int x = 0; x < 256; ++x) {
+    if ((x & 0x7f) == 0x7f) continue;  // NaN
+    EXPECT_EQ(FloatToE4m3(E4m3ToFloat(static_cast<uint8_t>(x))), x);
+  }
+}
+
+TEST(Float8, E4m3RoundsToNearestEvenAndSaturates) {
+  for (uint8_t x = 0; x < 0x7e; ++x) {
+    const float low = E4m3ToFloat(x), high = E4m3ToFloat(static_cast<uint8_t>(x + 1));
+    const float middle = (low + high) / 2;
+    EXPECT_EQ(FloatToE4m3(std::nextafter(middle, 0.0f)), x);
+    EXPECT_EQ(FloatToE4m3(std::nextafter(middle, 1000.0f)), x + 1);
+    EXPECT_EQ(FloatToE4m3(middle), x % 2 == 0 ? x : x + 1);
+    EXPECT_EQ(FloatToE4m3(-middle), (x % 2 == 0 ? x : x + 1) | 0x80);
+  }
+  for (const float x : {449.0f, 464.0f, 1e30f, std::numeric_limits<float>::infinity()}) {
+    EXPECT_EQ(FloatToE4m3(x), 0x7e);
+    EXPECT_EQ(FloatToE4m3(-x), 0xfe);
+  }
+  EXPECT_EQ(FloatToE4m3(1e-40f), 0x00);
 }
 
 TEST(Json, DumpsAsPython) {

@@ -10,22 +10,10 @@
 #include <cstring>
 #include <utility>
 
+#include "base/fd.h"
+
 namespace triaxial {
 namespace {
-
-class Fd {
- public:
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(const Fd&) = delete;
-  Fd& operator=(const Fd&) = delete;
-  ~Fd() {
-    if (fd_ >= 0) close(fd_);
-  }
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
 
 Status OpenError(const std::string& path) {
   const int error = errno;

@@ -19,6 +19,7 @@ enum class Code {
   kDataLoss,           // a file is truncated or corrupt
   kResourceExhausted,  // memory or queue is full; HTTP 429
   kUnavailable,        // shutting down or not ready; HTTP 503
+  kDeadlineExceeded,   // the caller's time-out passed; HTTP 504
   kCancelled,          // the client gave up
   kInternal,           // the machine failed us (I/O error, out of memory); HTTP 500
 };
@@ -44,6 +45,7 @@ inline Status TooLarge(std::string m) { return {Code::kTooLarge, std::move(m)}; 
 inline Status DataLoss(std::string m) { return {Code::kDataLoss, std::move(m)}; }
 inline Status ResourceExhausted(std::string m) { return {Code::kResourceExhausted, std::move(m)}; }
 inline Status Unavailable(std::string m) { return {Code::kUnavailable, std::move(m)}; }
+inline Status DeadlineExceeded(std::string m) { return {Code::kDeadlineExceeded, std::move(m)}; }
 inline Status Cancelled(std::string m) { return {Code::kCancelled, std::move(m)}; }
 inline Status Internal(std::string m) { return {Code::kInternal, std::move(m)}; }
 

@@ -6,6 +6,7 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <functional>
@@ -62,8 +63,8 @@ class FakeModel : public Model {
     auto* arena = static_cast<KvArena*>(memory);
     if (on_forward) on_forward(batch);
     for (const KvConvert& c : batch.converts) {
-      const std::vector<Record> records = Read(*arena, c.from_row, kBlockTokens);
-      Write(arena, c.to_row, 0, records);
+      const std::vector<Record> records = Read(*arena, {c.from_row, kBlockTokens, c.from});
+      Write(arena, {c.to_row, kBlockTokens, c.to}, records);
     }
     std::vector<int32_t> rows = batch.tokens;
     for (const VisualRows& v : batch.visual) {
@@ -95,12 +96,13 @@ class FakeModel : public Model {
     }
     Require(next_row == batch.rows() && next_logits == batch.logits_rows.size(), "rows left over");
     for (const KvStore& s : batch.stores) {
-      std::vector<Record> records = Read(*arena, s.tail_row, s.from_tail);
+      std::vector<Record> records = Read(*arena, {s.tail_row, s.from_tail, Format::kBf16, s.tail_capacity});
       const auto begin = appended.begin() + s.row_begin;
       records.insert(records.end(), begin, begin + s.rows);
       const bool in_place = s.format == Format::kBf16 && s.unit_row == s.tail_row;
-      Require(in_place || records.size() == kBlockTokens, "an incomplete block is encoded");
-      Write(arena, s.unit_row, 0, records);
+      Require(!in_place || s.capacity == s.tail_capacity, "a block of two capacities");
+      Require(s.format == Format::kBf16 || records.size() == kBlockTokens, "an incomplete block is encoded");
+      Write(arena, {s.unit_row, static_cast<uint8_t>(records.size()), s.format, s.capacity}, records);
     }
   }
 
@@ -144,18 +146,35 @@ class FakeModel : public Model {
   uint8_t* Place(KvArena* arena, int layer, uint32_t unit_row) const {
     return arena->LayerData(layer) + int64_t{unit_row} * UnitRowBytes(geometry_);
   }
+  // Where the index of a block's token lies, and behind the same way into the V side, the token. Only who
+  // knows format and capacity finds the second.
+  std::array<int64_t, 2> PlacesOf(const KvBlockRef& block, size_t token) const {
+    Require(block.capacity > 0 && block.capacity <= kBlockTokens && block.capacity % kTailStep == 0,
+            "a capacity that does not exist");
+    Require(block.tokens <= RoomOf(block.format, block.capacity),
+            "a block of more tokens than it has room for");
+    const auto at = static_cast<int64_t>(token * sizeof(int32_t));
+    return {at, at + SideOffset(geometry_, block.format, Side::kV, block.capacity)};
+  }
   // Records go to all layers and are read from the last, so that a move that forgets a layer shows.
-  void Write(KvArena* arena, uint32_t unit_row, size_t at, const std::vector<Record>& records) const {
+  void Write(KvArena* arena, const KvBlockRef& block, const std::vector<Record>& records) const {
     for (int layer = 0; layer < geometry_.num_layers; ++layer) {
-      std::memcpy(Place(arena, layer, unit_row) + at * sizeof(Record), records.data(),
-                  records.size() * sizeof(Record));
+      uint8_t* to = Place(arena, layer, block.unit_row);
+      for (size_t i = 0; i < records.size(); ++i) {
+        const auto [index, token] = PlacesOf(block, i);
+        std::memcpy(to + index, &records[i].index, sizeof(int32_t));
+        std::memcpy(to + token, &records[i].token, sizeof(int32_t));
+      }
     }
   }
-  std::vector<Record> Read(const KvArena& arena, uint32_t unit_row, int count) const {
-    std::vector<Record> records(static_cast<size_t>(count));
-    if (count == 0) return records;
-    std::memcpy(records.data(), Place(const_cast<KvArena*>(&arena), geometry_.num_layers - 1, unit_row),
-                records.size() * sizeof(Record));
+  std::vector<Record> Read(const KvArena& arena, const KvBlockRef& block) const {
+    std::vector<Record> records(block.tokens);
+    const uint8_t* from = Place(const_cast<KvArena*>(&arena), geometry_.num_layers - 1, block.unit_row);
+    for (size_t i = 0; i < records.size(); ++i) {
+      const auto [index, token] = PlacesOf(block, i);
+      std::memcpy(&records[i].index, from + index, sizeof(int32_t));
+      std::memcpy(&records[i].token, from + token, sizeof(int32_t));
+    }
     return records;
   }
   // Sums up a context whose tokens must be 0, 1, 2, ... once each; returns their number.
@@ -163,7 +182,7 @@ class FakeModel : public Model {
     std::vector<bool> seen;
     for (const KvBlockRef& block : blocks) seen.resize(seen.size() + block.tokens);
     for (const KvBlockRef& block : blocks) {
-      for (const Record& record : Read(arena, block.unit_row, block.tokens)) {
+      for (const Record& record : Read(arena, block)) {
         Require(record.index >= 0 && static_cast<size_t>(record.index) < seen.size(), "a foreign token");
         Require(!seen[static_cast<size_t>(record.index)], "a token twice");
         seen[static_cast<size_t>(record.index)] = true;

@@ -1,15 +1,17 @@
 #include "io/image_processor.h"
 
 #include <fmt/format.h>
-#include <xxhash.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <new>
 #include <utility>
 
 #include "base/check.h"
+#include "base/little_endian.h"
+#include "base/sha256.h"
 
 namespace triaxial {
 namespace {
@@ -47,10 +49,16 @@ ImagePatches CutPatches(const Image& image, const PreprocessorConfig& config) {
       }
     }
   }
-  const uint64_t grid = static_cast<uint64_t>(patches.grid_h) << 32 | static_cast<uint64_t>(patches.grid_w);
-  const XXH128_hash_t hash = XXH3_128bits_withSeed(patches.samples.data(), patches.samples.size(), grid);
-  patches.hash_lo = hash.low64;
-  patches.hash_hi = hash.high64;
+  std::array<uint8_t, 24> head = {'t', 'r', 'i', 'a', 'x', 'i', 'a', 'l',
+                                  ' ', 'i', 'm', 'a', 'g', 'e', '1', 0};
+  StoreLittle(static_cast<uint32_t>(patches.grid_h), &head[16]);
+  StoreLittle(static_cast<uint32_t>(patches.grid_w), &head[20]);
+  Sha256 hash;
+  hash.Update(head);
+  hash.Update(patches.samples);
+  const Sha256Digest digest = hash.Finish();
+  patches.hash_lo = LoadLittle<uint64_t>(&digest[0]);
+  patches.hash_hi = LoadLittle<uint64_t>(&digest[8]);
   return patches;
 }
 

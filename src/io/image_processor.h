@@ -28,8 +28,8 @@ struct ImagePatches {
   int grid_h = 0;  // in patches; multiples of merge_size
   int grid_w = 0;
   std::vector<uint8_t> samples;
-  // Content identity: a 128-bit hash of size and samples. Equal pictures have equal hashes; a hash only finds
-  // candidates.
+  // Content identity: the first 128 bits of SHA-256 over grid and samples. Equal hashes count as equal
+  // pictures, also when they decide whether one request may use keys and values of another.
   uint64_t hash_lo = 0;
   uint64_t hash_hi = 0;
 

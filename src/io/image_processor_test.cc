@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/file.h"
+#include "base/sha256.h"
 
 namespace triaxial {
 namespace {
@@ -80,6 +81,22 @@ TEST(PreprocessImage, EqualPicturesAndOnlyTheyHaveEqualHashes) {
       const bool same = all[i].hash_lo == all[j].hash_lo && all[i].hash_hi == all[j].hash_hi;
       EXPECT_EQ(same, i / 2 == j / 2) << i << " " << j;
     }
+  }
+}
+
+// Keys of blocks at rest are made of it, so it must not change unnoticed.
+TEST(PreprocessImage, TheHashIsAsDocumented) {
+  Result<std::string> bytes = ReadFile("tests/data/images/pocket/standard-00-00.png", 1 << 20);
+  ASSERT_TRUE(bytes.ok());
+  const Result<ImagePatches> patches = PreprocessImage(*bytes, ImageLimits(), SmallConfig());
+  ASSERT_TRUE(patches.ok());
+  const std::string head("triaxial image1\0\x0c\0\0\0\x14\0\0\0", 24);  // 12 rows of 20 patches
+  std::vector<uint8_t> hashed(head.begin(), head.end());
+  hashed.insert(hashed.end(), patches->samples.begin(), patches->samples.end());
+  const Sha256Digest digest = Sha256Of(hashed);
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_EQ(patches->hash_lo >> (8 * i) & 0xff, digest[static_cast<size_t>(i)]);
+    EXPECT_EQ(patches->hash_hi >> (8 * i) & 0xff, digest[static_cast<size_t>(8 + i)]);
   }
 }
 

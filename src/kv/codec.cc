@@ -7,6 +7,7 @@
 
 #include "base/check.h"
 #include "base/float16.h"
+#include "base/float8.h"
 
 namespace triaxial {
 namespace {
@@ -16,7 +17,7 @@ constexpr float kLargestFp16 = 65504.0f;
 // K sums over channels and has one lane per token; V the reverse.
 int Depth(Side side, int token, int channel) { return side == Side::kK ? channel : token; }
 int Lane(Side side, int token, int channel) { return side == Side::kK ? token : channel; }
-int Lanes(const KvGeometry& g, Side side) { return side == Side::kK ? kBlockTokens : g.head_dim; }
+int Lanes(const KvGeometry& g, Side side, int capacity) { return side == Side::kK ? capacity : g.head_dim; }
 
 fp16_t LoadFp16(const uint8_t* p) {
   fp16_t x;
@@ -38,6 +39,7 @@ struct Group {
 };
 
 Group FitGroup(float lo, float hi, int bits, float clip) {
+  if (bits == 8) return {FloatToFp16(std::max(std::abs(lo), std::abs(hi)) / kLargestE4m3), 0};
   const float trim = (hi - lo) * ((1.0f - clip) * 0.5f);
   lo = lo + trim;
   hi = hi - trim;
@@ -48,18 +50,20 @@ Group FitGroup(float lo, float hi, int bits, float clip) {
 uint8_t CodeOf(float x, const Group& group, int bits) {
   const float scale = Fp16ToFloat(group.scale);
   const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  if (bits == 8) return FloatToE4m3(x * inverse);
   const float levels = static_cast<float>((1 << bits) - 1);
   const float steps = (x - Fp16ToFloat(group.minimum)) * inverse;
   return static_cast<uint8_t>(std::nearbyint(std::min(std::max(steps, 0.0f), levels)));
 }
 
-void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const float* x, int64_t row_stride,
-                int tokens, uint8_t* out) {
-  std::memset(out, 0, static_cast<size_t>(SideBytes(g, bits)));
+void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float clip, const float* x,
+                int64_t row_stride, int tokens, uint8_t* out) {
+  std::memset(out, 0, static_cast<size_t>(SideBytes(g, bits, capacity)));
+  const int lanes = Lanes(g, side, capacity);
   if (bits == 16) {
     for (int t = 0; t < tokens; ++t) {
       for (int c = 0; c < g.head_dim; ++c) {
-        const int place = PlaceOfBf16(Depth(side, t, c), Lane(side, t, c), Lanes(g, side));
+        const int place = PlaceOfBf16(Depth(side, t, c), Lane(side, t, c), lanes);
         const bf16_t value = FloatToBf16(x[t * row_stride + c]);
         std::memcpy(out + 2 * place, &value, sizeof(value));
       }
@@ -94,7 +98,7 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const floa
     for (int c = 0; c < g.head_dim; ++c) {
       const int group = PlaceOfMeta(g, side, bits, t, c);
       const Group fitted{LoadFp16(scales + 2 * group), LoadFp16(minima + 2 * group)};
-      const CodePlace place = PlaceOfCode(Depth(side, t, c), Lane(side, t, c), Lanes(g, side), bits);
+      const CodePlace place = PlaceOfCode(Depth(side, t, c), Lane(side, t, c), lanes, bits);
       const int code = CodeOf(Sanitize(x[t * row_stride + c]), fitted, bits);
       out[place.byte] = static_cast<uint8_t>(out[place.byte] | code << place.shift);
     }
@@ -104,26 +108,28 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const floa
 }  // namespace
 
 void EncodeBlockScalar(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                       int64_t row_stride, int tokens, uint8_t* out) {
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+                       int64_t row_stride, int tokens, uint8_t* out, int capacity) {
+  capacity = RoomOf(f, capacity);
+  CHECK(tokens >= 1 && tokens <= capacity);
   CHECK(clip.k2 >= kMinClip && clip.k2 <= 1.0f && clip.v2 >= kMinClip && clip.v2 <= 1.0f);
   for (const Side side : {Side::kK, Side::kV}) {
     const int bits = Bits(f, side);
-    EncodeSide(g, side, bits, ClipOf(g, clip, side, bits), side == Side::kK ? k : v, row_stride, tokens,
-               out + SideOffset(g, f, side));
+    EncodeSide(g, side, bits, capacity, ClipOf(g, clip, side, bits), side == Side::kK ? k : v, row_stride,
+               tokens, out + SideOffset(g, f, side, capacity));
   }
 }
 
 void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens,
-                      float* out) {
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+                      float* out, int capacity) {
+  capacity = RoomOf(f, capacity);
+  CHECK(tokens >= 1 && tokens <= capacity);
   const int bits = Bits(f, side);
-  const uint8_t* in = block_head + SideOffset(g, f, side);
+  const uint8_t* in = block_head + SideOffset(g, f, side, capacity);
   const uint8_t* scales = in + CodeBytes(g, bits);
   const uint8_t* minima = scales + 2 * MetaGroups(g, bits);
   for (int t = 0; t < tokens; ++t) {
     for (int c = 0; c < g.head_dim; ++c) {
-      const int depth = Depth(side, t, c), lane = Lane(side, t, c), lanes = Lanes(g, side);
+      const int depth = Depth(side, t, c), lane = Lane(side, t, c), lanes = Lanes(g, side, capacity);
       float& value = out[t * g.head_dim + c];
       if (bits == 16) {
         value = Bf16ToFloat(LoadFp16(in + 2 * PlaceOfBf16(depth, lane, lanes)));
@@ -132,7 +138,12 @@ void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* b
       const CodePlace place = PlaceOfCode(depth, lane, lanes, bits);
       const int code = in[place.byte] >> place.shift & ((1 << bits) - 1);
       const int group = PlaceOfMeta(g, side, bits, t, c);
-      const float scaled = Fp16ToFloat(LoadFp16(scales + 2 * group)) * static_cast<float>(code);
+      const float scale = Fp16ToFloat(LoadFp16(scales + 2 * group));
+      if (bits == 8) {
+        value = scale * E4m3ToFloat(static_cast<uint8_t>(code));
+        continue;
+      }
+      const float scaled = scale * static_cast<float>(code);
       value = Fp16ToFloat(LoadFp16(minima + 2 * group)) + scaled;
     }
   }

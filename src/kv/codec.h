@@ -2,15 +2,18 @@
 // purpose.
 //
 // All arithmetic is F32, each operation rounded to nearest even by itself (no fused multiply-add), with
-// subnormals kept. One group of values x is quantized to `bits` like this:
+// subnormals kept. One group of values x is quantized to `bits` (2 or 4) like this:
 //   x'      = x clamped to [-65504, 65504]; NaN becomes 0, -0 becomes +0
 //   lo, hi  = min(x'), max(x')
 //   trim    = (hi - lo) * ((1 - clip) * 0.5);  lo = lo + trim;  hi = hi - trim
 //   scale   = fp16((hi - lo) / (2^bits - 1));  minimum = fp16(lo)
 //   inverse = scale == 0 ? 0 : 1 / scale       (from here on with the FP16 values)
 //   code    = rint(min(max((x' - minimum) * inverse, 0), 2^bits - 1)), ties to even
-// and decoded to minimum + scale * code, where the product is exact. Metadata is thus always finite and scale
-// never negative, whatever the input. BF16 sides keep what they are given, NaN and infinity included.
+// and decoded to minimum + scale * code, where the product is exact. To 8 bits:
+//   scale   = fp16(max |x'| / 448);  minimum = +0;  inverse as above
+//   code    = e4m3(x' * inverse), ties to even, what is too large becomes +-448 (base/float8.h)
+// decoded to scale * code. Metadata is thus always finite and scale never negative, whatever the input. BF16
+// sides keep what they are given, NaN and infinity included.
 #ifndef TRIAXIAL_KV_CODEC_H_
 #define TRIAXIAL_KV_CODEC_H_
 
@@ -38,14 +41,14 @@ constexpr float ClipOf(const KvGeometry& g, const ClipRatios& clip, Side side, i
 
 // Quantizes one head of one block. `k` and `v` are F32, `tokens` (1 to 64) rows of head_dim values, each row
 // `row_stride` floats after the one before, already rotated if the codec is kRotated. `out` has HeadBytes(g,
-// f) bytes. Codes and metadata of tokens past `tokens` are zero; groups along tokens hold the existing tokens
-// only.
+// f, capacity) bytes. Codes and metadata of tokens past `tokens` are zero; groups along tokens hold the
+// existing tokens only. `capacity` is a BF16 block's.
 void EncodeBlockScalar(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                       int64_t row_stride, int tokens, uint8_t* out);
+                       int64_t row_stride, int tokens, uint8_t* out, int capacity = kBlockTokens);
 
 // The inverse: [tokens][head_dim] F32 of one side.
 void DecodeSideScalar(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens,
-                      float* out);
+                      float* out, int capacity = kBlockTokens);
 
 // In-place orthonormal Walsh-Hadamard transform of one head (its own inverse): x <- H x / sqrt(head_dim).
 // Butterflies (a, b) -> (a + b, a - b) run from distance 1 up, in F32, then each value is multiplied by the

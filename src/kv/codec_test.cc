@@ -15,7 +15,7 @@ namespace triaxial {
 namespace {
 
 constexpr std::array<Format, kFormats> kAllFormats = {Format::kK2V2, Format::kK4V2, Format::kK4V4,
-                                                      Format::kBf16};
+                                                      Format::kFp8, Format::kBf16};
 
 std::vector<KvGeometry> AllGeometries() {
   std::vector<KvGeometry> all;
@@ -45,12 +45,27 @@ TEST(Format, EffectiveBitsArePublishedOnes) {
   EXPECT_EQ(EffectiveBits(rotated, Format::kK2V2), 2.25);
   EXPECT_EQ(EffectiveBits(rotated, Format::kK4V2), 3.25);
   EXPECT_EQ(EffectiveBits(rotated, Format::kK4V4), 4.25);
+  EXPECT_EQ(EffectiveBits(rotated, Format::kFp8), 8.25);
   EXPECT_EQ(EffectiveBits(rotated, Format::kBf16), 16.0);
   EXPECT_EQ(EffectiveBits(paper, Format::kK2V2), 3.0);
   EXPECT_EQ(EffectiveBits(paper, Format::kK4V4), 5.0);
+  EXPECT_EQ(EffectiveBits(paper, Format::kFp8), 8.25);
   EXPECT_EQ(UnitsOf(rotated, Format::kK4V2), 26);
   EXPECT_EQ(UnitsOf(rotated, Format::kK4V4), 34);
   EXPECT_EQ(UnitsOf(rotated, Format::kBf16), 128);
+}
+
+TEST(Format, ATailTakesAQuarterPerSixteenTokens) {
+  for (const KvGeometry& g : AllGeometries()) {
+    for (int capacity = 16; capacity <= 64; capacity += 16) {
+      EXPECT_EQ(UnitsOf(g, Format::kBf16, capacity) * 64, UnitsOf(g, Format::kBf16) * capacity);
+      EXPECT_EQ(HeadBytes(g, Format::kBf16, capacity), UnitsOf(g, Format::kBf16, capacity) * kUnitBytes);
+      EXPECT_EQ(UnitsOf(g, Format::kK2V2, capacity), UnitsOf(g, Format::kK2V2));
+    }
+  }
+  const KvGeometry g{36, 8, 128, Codec::kRotated};
+  EXPECT_EQ(UnitsOf(g, Format::kBf16, 16), 32);
+  EXPECT_EQ(BlockBytes(g, Format::kBf16, 16), 36 * 8 * 32 * 256);
 }
 
 TEST(Format, EveryElementHasItsOwnPlace) {
@@ -59,7 +74,7 @@ TEST(Format, EveryElementHasItsOwnPlace) {
     for (const Side side : {Side::kK, Side::kV}) {
       const int depths = side == Side::kK ? head_dim : kBlockTokens;
       const int lanes = side == Side::kK ? kBlockTokens : head_dim;
-      for (const int bits : {2, 4, 16}) {
+      for (const int bits : {2, 4, 8, 16}) {
         std::vector<int> used(static_cast<size_t>(CodeBytes(g, bits)) * 8);
         for (int d = 0; d < depths; ++d) {
           for (int l = 0; l < lanes; ++l) {
@@ -101,6 +116,12 @@ float Draw(Kind kind, int channel, std::mt19937& rng) {
   return 0;
 }
 
+// Half the distance of E4M3 numbers about |x| / scale, in units of the value.
+double HalfStepOfFp8(double target, double scale) {
+  const double binade = std::max(std::exp2(std::floor(std::log2(std::fabs(target) / scale))), 0x1p-6);
+  return 0x1p-4 * binade * scale;
+}
+
 // A decoded value lies within half a step of what was stored, unless it lies outside the range that the FP16
 // scale and minimum span; then it is the nearer end.
 TEST(Codec, DecodesWithinHalfAStep) {
@@ -132,6 +153,14 @@ TEST(Codec, DecodesWithinHalfAStep) {
             const float scale = MetaOf(g, side, bits, bytes, i / g.head_dim, i % g.head_dim, false);
             const float lowest = MetaOf(g, side, bits, bytes, i / g.head_dim, i % g.head_dim, true);
             ASSERT_TRUE(std::isfinite(scale) && std::isfinite(lowest) && scale >= 0.0f);
+            if (bits == 8) {
+              const double clean = std::isnan(given) ? 0.0 : static_cast<double>(given);
+              const double target = std::clamp(clean, -448.0 * scale, 448.0 * scale);
+              ASSERT_EQ(lowest, 0.0f);
+              ASSERT_LE(std::fabs(got - target), scale == 0 ? 0 : HalfStepOfFp8(target, scale) * (1 + 1e-5))
+                  << "element " << i << ": " << given;
+              continue;
+            }
             const double highest =
                 static_cast<double>(lowest) + static_cast<double>(scale) * ((1 << bits) - 1);
             const double target = std::clamp<double>(given, lowest, highest);
@@ -200,7 +229,7 @@ TEST(Codec, HostileValuesGiveFiniteMetadata) {
   const float inf = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const KvGeometry& g : AllGeometries()) {
-    for (const Format f : {Format::kK2V2, Format::kK4V2, Format::kK4V4}) {
+    for (const Format f : {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kFp8}) {
       std::vector<float> x(static_cast<size_t>(64 * g.head_dim), nan);
       for (size_t i = 0; i < x.size(); i += 3) x[i] = i % 2 == 0 ? inf : -inf;
       for (size_t i = 0; i < x.size(); i += 7) x[i] = 1e30f;
@@ -224,6 +253,38 @@ TEST(Codec, HostileValuesGiveFiniteMetadata) {
   EXPECT_NEAR(decoded[1], 65504.0f, 64.0f);
   EXPECT_EQ(decoded[2], -65504.0f);
   EXPECT_NEAR(decoded[0], 0.0f, 4400.0f);
+}
+
+// The second example of docs/kv-format.md: one token, values known by hand.
+TEST(Codec, Fp8ExampleOfTheDocument) {
+  const KvGeometry g{1, 1, 64, Codec::kPaper};
+  std::vector<float> x(64, 0.0f);
+  x[0] = -896.0f;   // the largest: scale 2, code -448
+  x[1] = 1.0f;      // 0.5
+  x[2] = 2.125f;    // 1.0625, halfway from 1 to 1.125: ties to even
+  x[3] = 2.375f;    // 1.1875, halfway from 1.125 to 1.25
+  x[4] = 0x1p-8f;   // the least code, 2^-9
+  x[5] = -0x1p-9f;  // half of it: ties to even, minus zero
+  std::vector<uint8_t> block(static_cast<size_t>(HeadBytes(g, Format::kFp8)), 0xee);
+  EncodeBlockScalar(g, Format::kFp8, {}, x.data(), x.data(), 64, 1, block.data());
+  ASSERT_EQ(block.size(), 2u * (4096 + 256));
+  const auto byte = [&](size_t at) { return int{block[at]}; };
+  EXPECT_EQ(byte(0), 0xfe);
+  EXPECT_EQ(byte(1), 0x30);
+  EXPECT_EQ(byte(2), 0x38);
+  EXPECT_EQ(byte(3), 0x3a);
+  EXPECT_EQ(byte(256), 0x01);
+  EXPECT_EQ(byte(257), 0x80);
+  EXPECT_EQ(byte(4096) | byte(4097) << 8, 0x4000);  // scale 2
+  EXPECT_EQ(byte(4096 + 128), 0);                   // no minimum
+  EXPECT_EQ(byte(4352), 0xfe);                      // V: channels 0, 1, ... of tokens 0 to 3
+  EXPECT_EQ(byte(4356), 0x30);
+  std::vector<float> decoded(64);
+  DecodeSideScalar(g, Format::kFp8, Side::kV, block.data(), 1, decoded.data());
+  EXPECT_EQ(decoded[0], -896.0f);
+  EXPECT_EQ(decoded[2], 2.0f);
+  EXPECT_EQ(decoded[3], 2.5f);
+  EXPECT_TRUE(decoded[5] == 0.0f && std::signbit(decoded[5]));
 }
 
 // The worked example of docs/kv-format.md, byte by byte.

@@ -23,7 +23,8 @@ struct ContentId {
   bool operator==(const ContentId&) const = default;
 };
 
-// SHA-256 of everything that decides a block's contents: salt, codec, all tokens up to its end.
+// SHA-256 of what decides a block's contents: salt and all tokens up to its end. (Model and codec decide too;
+// a cache has one of each, a block store's fingerprint names them.) docs/kv-format.md, "Keys".
 struct BlockKey {
   std::array<uint8_t, 32> bytes{};
   bool operator==(const BlockKey&) const = default;
@@ -31,9 +32,9 @@ struct BlockKey {
 struct BlockKeyHash {
   size_t operator()(const BlockKey& key) const;
 };
-// The key above all first blocks of a salt.
+// The key above all first blocks of a salt, which may be any bytes.
 BlockKey RootKey(std::string_view salt);
-// The key of a block with these contents behind `parent`.
+// The key of a block with these contents (at most kBlockTokens) behind `parent`. About a microsecond.
 BlockKey ChildKey(const BlockKey& parent, std::span<const ContentId> contents);
 
 }  // namespace triaxial

@@ -5,7 +5,7 @@
 namespace triaxial {
 namespace {
 
-constexpr std::array<std::string_view, kFormats> kFormatNames = {"k2v2", "k4v2", "k4v4", "bf16"};
+constexpr std::array<std::string_view, kFormats> kFormatNames = {"k2v2", "k4v2", "k4v4", "fp8", "bf16"};
 constexpr std::array<std::string_view, 2> kCodecNames = {"rotated", "paper"};
 
 // Capacity is exact only if no format pads: every size is a whole number of units.
@@ -15,6 +15,9 @@ constexpr bool WholeUnits(int head_dim, Codec codec) {
     for (const Side side : {Side::kK, Side::kV}) {
       if (SideBytes(g, Bits(static_cast<Format>(f), side)) % kUnitBytes != 0) return false;
     }
+  }
+  for (int capacity = kTailStep; capacity <= kBlockTokens; capacity += kTailStep) {
+    if (SideBytes(g, 16, capacity) % kUnitBytes != 0) return false;
   }
   return true;
 }

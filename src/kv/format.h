@@ -19,14 +19,16 @@ inline constexpr int kBlockTokens = 64;
 // of them.
 inline constexpr int kUnitBytes = 256;
 inline constexpr int kPaperGroup = 32;
+// A BF16 block that may still grow has room for a multiple of so many tokens.
+inline constexpr int kTailStep = 16;
 
 // Ordered from fewest to most bits.
-enum class Format : uint8_t { kK2V2, kK4V2, kK4V4, kBf16 };
-inline constexpr int kFormats = 4;
-std::string_view Name(Format format);  // "k2v2", "k4v2", "k4v4", "bf16"
+enum class Format : uint8_t { kK2V2, kK4V2, kK4V4, kFp8, kBf16 };
+inline constexpr int kFormats = 5;
+std::string_view Name(Format format);  // "k2v2", "k4v2", "k4v4", "fp8", "bf16"
 std::optional<Format> ParseFormat(std::string_view name);
 
-// How a side is quantized. One codec serves a whole cache.
+// How sides of 2 and 4 bits are quantized. One codec serves a whole cache.
 enum class Codec : uint8_t {
   kRotated,  // per token: one FP16 scale and minimum over all channels of a head; K and V are
              // Hadamard-rotated (KERNELS: SAW-INT4)
@@ -38,7 +40,7 @@ std::optional<Codec> ParseCodec(std::string_view name);
 
 enum class Side : uint8_t { kK, kV };
 
-// Bits per element of one side: 2, 4 or 16.
+// Bits per element of one side: 2, 4, 8 or 16.
 constexpr int Bits(Format format, Side side) {
   switch (format) {
     case Format::kK2V2:
@@ -47,6 +49,8 @@ constexpr int Bits(Format format, Side side) {
       return side == Side::kK ? 4 : 2;
     case Format::kK4V4:
       return 4;
+    case Format::kFp8:
+      return 8;
     case Format::kBf16:
       return 16;
   }
@@ -63,29 +67,38 @@ struct KvGeometry {
 
 // Bytes of codes and of metadata of one side of one block and head. Metadata is `groups` FP16 scales, then as
 // many FP16 minima: kRotated [token]; kPaper [channel group][token], or [token group][channel] for 2-bit
-// keys.
+// keys. At 8 bits (E4M3) it is [token] for both, and minima are zero.
 constexpr int CodeBytes(const KvGeometry& g, int bits) { return kBlockTokens * g.head_dim * bits / 8; }
 constexpr int MetaGroups(const KvGeometry& g, int bits) {
   if (bits == 16) return 0;
-  return g.codec == Codec::kRotated ? kBlockTokens : kBlockTokens * g.head_dim / kPaperGroup;
+  if (g.codec == Codec::kRotated || bits == 8) return kBlockTokens;
+  return kBlockTokens * g.head_dim / kPaperGroup;
 }
-constexpr int SideBytes(const KvGeometry& g, int bits) {
+// In all sizes, `capacity` (16, 32, 48 or 64 tokens) is that of a BF16 block; others have room for 64
+// whatever it says.
+constexpr int SideBytes(const KvGeometry& g, int bits, int capacity = kBlockTokens) {
+  if (bits == 16) return CodeBytes(g, bits) / kBlockTokens * capacity;
   return CodeBytes(g, bits) + MetaGroups(g, bits) * 4;
 }
 
+// Tokens that a block has room for.
+constexpr int RoomOf(Format f, int capacity) { return f == Format::kBf16 ? capacity : kBlockTokens; }
+
 // Where a side begins within its block head.
-constexpr int SideOffset(const KvGeometry& g, Format f, Side side) {
-  return side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK));
+constexpr int SideOffset(const KvGeometry& g, Format f, Side side, int capacity = kBlockTokens) {
+  return side == Side::kK ? 0 : SideBytes(g, Bits(f, Side::kK), capacity);
 }
 
 // Bytes of one head of a block in one layer; a multiple of kUnitBytes.
-constexpr int HeadBytes(const KvGeometry& g, Format f) {
-  return SideBytes(g, Bits(f, Side::kK)) + SideBytes(g, Bits(f, Side::kV));
+constexpr int HeadBytes(const KvGeometry& g, Format f, int capacity = kBlockTokens) {
+  return SideBytes(g, Bits(f, Side::kK), capacity) + SideBytes(g, Bits(f, Side::kV), capacity);
 }
-constexpr int UnitsOf(const KvGeometry& g, Format f) { return HeadBytes(g, f) / kUnitBytes; }
+constexpr int UnitsOf(const KvGeometry& g, Format f, int capacity = kBlockTokens) {
+  return HeadBytes(g, f, capacity) / kUnitBytes;
+}
 // Bytes of a block over all heads and layers, metadata included.
-constexpr int64_t BlockBytes(const KvGeometry& g, Format f) {
-  return int64_t{HeadBytes(g, f)} * g.num_kv_heads * g.num_layers;
+constexpr int64_t BlockBytes(const KvGeometry& g, Format f, int capacity = kBlockTokens) {
+  return int64_t{HeadBytes(g, f, capacity)} * g.num_kv_heads * g.num_layers;
 }
 constexpr int64_t UnitRowBytes(const KvGeometry& g) { return int64_t{kUnitBytes} * g.num_kv_heads; }
 // Bits per element over both sides, metadata included: 2.25, 3.25... for kRotated at head_dim 128.
@@ -107,14 +120,15 @@ constexpr CodePlace PlaceOfCode(int depth, int lane, int lanes, int bits) {
   const int word = (depth / 4 * (lanes / lanes_per_word_row) + lane / lanes_per_word_row) * 16 + lane % 16;
   return {word * 4 + depth % 4, bits * (lane % lanes_per_word_row / 16)};
 }
-// Index of a BF16 element within its side: pairs of consecutive depths, lane by lane.
+// Index of a BF16 element within its side: pairs of consecutive depths, lane by lane. K has as many lanes as
+// the block has room for tokens.
 constexpr int PlaceOfBf16(int depth, int lane, int lanes) {
   return (depth / 2 * lanes + lane) * 2 + depth % 2;
 }
 
 // Index of an element's group among the scales (and among the minima) of its side.
 constexpr int PlaceOfMeta(const KvGeometry& g, Side side, int bits, int token, int channel) {
-  if (g.codec == Codec::kRotated) return token;
+  if (g.codec == Codec::kRotated || bits == 8) return token;
   if (side == Side::kK && bits == 2) return token / kPaperGroup * g.head_dim + channel;
   return channel / kPaperGroup * kBlockTokens + token;
 }

@@ -204,6 +204,7 @@ Policy Builtin(std::string name, std::string description, std::vector<PolicyRule
 const std::vector<Policy>& Builtins() {
   static const std::vector<Policy> policies = {
       Builtin("bf16", "Everything in BF16: the uncompressed baseline.", {{"*/*/*", Format::kBf16}}),
+      Builtin("fp8", "Everything at 8 bits (E4M3).", {{"*/*/*", Format::kFp8}}),
       Builtin("int4", "Everything at 4 bits.", {{"*/*/*", Format::kK4V4}}),
       Builtin("int2", "Everything at 2 bits.", {{"*/*/*", Format::kK2V2}}),
       Builtin("kivi",

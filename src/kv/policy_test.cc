@@ -39,7 +39,8 @@ std::string ErrorOf(const Result<Policy>& policy) {
 Format Of(const Policy& policy, Temporal t, Modal m, Semantic s) { return policy.FormatOf({t, m, s}); }
 
 TEST(PolicyTest, UniformBuiltins) {
-  EXPECT_EQ(BuiltinPolicies(), (std::vector<std::string_view>{"bf16", "int4", "int2", "kivi", "paper"}));
+  EXPECT_EQ(BuiltinPolicies(),
+            (std::vector<std::string_view>{"bf16", "fp8", "int4", "int2", "kivi", "paper"}));
   const std::vector<std::pair<std::string, Format>> uniform = {
       {"bf16", k16}, {"int4", k4}, {"int2", k2}, {"kivi", k2}};
   for (const auto& [name, format] : uniform) {
@@ -122,9 +123,9 @@ TEST(PolicyTest, EveryMistakeHasItsOwnSentence) {
        {"rules[0].match is missing", "temporal/modal/semantic"}},
       {R"({"version": 1, "name": "a", "rules": [{"match": 1, "format": "bf16"}]})", {"rules[0].match is 1"}},
       {R"({"version": 1, "name": "a", "rules": [{"match": "*/*/*"}]})",
-       {"rules[0].format is missing", "k2v2, k4v2, k4v4, bf16"}},
+       {"rules[0].format is missing", "k2v2, k4v2, k4v4, fp8, bf16"}},
       {R"({"version": 1, "name": "a", "rules": [{"match": "*/*/*", "format": "int3"}]})",
-       {"rules[0].format: \"int3\"", "k2v2, k4v2, k4v4, bf16"}},
+       {"rules[0].format: \"int3\"", "k2v2, k4v2, k4v4, fp8, bf16"}},
       {R"({"version": 1, "name": "a", "rules": [{"match": "*/*", "format": "bf16"}]})",
        {"rules[0].match: \"*/*\" has 2 parts", "temporal/modal/semantic"}},
       {R"({"version": 1, "name": "a", "rules": [{"match": "now/*/*", "format": "bf16"}]})",
@@ -172,7 +173,7 @@ TEST(PolicyTest, LoadsFilesAndNamesWhatIsMissing) {
   ASSERT_FALSE(missing.ok());
   EXPECT_EQ(missing.status().code(), Code::kNotFound);
   EXPECT_NE(missing.status().message().find("\"papre\""), std::string::npos);
-  EXPECT_NE(missing.status().message().find("bf16, int4, int2, kivi, paper"), std::string::npos);
+  EXPECT_NE(missing.status().message().find("bf16, fp8, int4, int2, kivi, paper"), std::string::npos);
   EXPECT_FALSE(LoadPolicy("src/kv").ok()) << "a directory is no policy";
 }
 

@@ -22,7 +22,8 @@ struct KvBlockRef {
 // Completes or extends a block: its first `from_tail` tokens come from the BF16 block at `tail_row`, the next
 // `rows` from rows [row_begin, row_begin + rows) of the step's K and V.
 //  - unit_row == tail_row (a BF16 block of one capacity): append in place at token `from_tail`.
-//  - format kBf16 and unit_row != tail_row: the tail grows into a larger place, its tokens move along.
+//  - format kBf16 and unit_row != tail_row: the tail grows into a larger place, its tokens move along. The
+//    places do not overlap.
 //  - otherwise from_tail + rows == 64: encode all into unit_row.
 // tail_row == unit_row where nothing is read from a tail, so stores of different tail_row are independent.
 struct KvStore {

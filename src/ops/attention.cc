@@ -17,9 +17,9 @@ namespace {
 
 // Blocks of context to one item, if it has few queries (decode) or many (prefill, which has rows to spread).
 // Fixed, so that results do not depend on the number of threads.
-constexpr int64_t kFewQueries = 16;
-constexpr int64_t kBlocksFewQueries = 32;
-constexpr int64_t kBlocksManyQueries = 128;
+constexpr int64_t kDecodeQueries = 16;
+constexpr int64_t kBlocksDecode = 32;
+constexpr int64_t kBlocksPrefill = 128;
 
 // Items [first, first + count) share their rows: their partial states make the result.
 struct Merge {
@@ -51,7 +51,7 @@ int64_t PlanSequence(const AttentionArgs& args, const AttentionSequence& sequenc
     const int row = static_cast<int>(tile) * tile_rows;
     const int rows = std::min(tile_rows, sequence.rows - row);
     const int queries = rows * group;
-    const int64_t split = queries <= kFewQueries ? kBlocksFewQueries : kBlocksManyQueries;
+    const int64_t split = queries <= kDecodeQueries ? kBlocksDecode : kBlocksPrefill;
     const int64_t splits = std::max<int64_t>(1, CeilDiv(blocks, split));
     for (int head = 0; head < g.num_kv_heads; ++head) {
       if (splits > 1) merges.push_back({static_cast<int64_t>(items.size()), splits});

@@ -33,11 +33,16 @@ int Width() { return static_cast<int>(hn::Lanes(DF())); }
 // ---- Matrix products: c[query][lane] = keep[query] * c + sum over depth of a[query][depth] *
 // b[depth][lane]. Serves both sides: scores have lanes = tokens, depth = channels; values the reverse.
 
+// A right side gives kDepths depths at a time, in kDepths / 2 pairs: number s is depths d + s and d + s +
+// kDepths / 2. Products are in units of kUnit.
+
 // The right side as F32 rows.
 struct FloatRows {
+  static constexpr int kDepths = 2;
+  static constexpr float kUnit = 1;
   const float* data;
   int64_t stride;
-  void Pair(int depth, int lane, VF& even, VF& odd) const {
+  HWY_INLINE void Pair(int depth, int, int lane, VF& even, VF& odd) const {
     even = Single(depth, lane);
     odd = Single(depth + 1, lane);
   }
@@ -47,6 +52,8 @@ struct FloatRows {
 // A BF16 side of a block: pairs of depths (PlaceOfBf16), so a word's halves are F32 after a shift or a mask.
 // `next`, as large, is what will be read then: it is brought into the cache meanwhile.
 struct Bf16Side {
+  static constexpr int kDepths = 2;
+  static constexpr float kUnit = 1;
   const uint8_t* data;
   int lanes;
   const uint8_t* next;
@@ -55,12 +62,46 @@ struct Bf16Side {
     hwy::Prefetch(reinterpret_cast<const uint32_t*>(next) + place);
     return hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(data) + place);
   }
-  void Pair(int depth, int lane, VF& even, VF& odd) const {
+  HWY_INLINE void Pair(int depth, int, int lane, VF& even, VF& odd) const {
     const auto words = Words(depth, lane);
     even = hn::BitCast(DF(), hn::ShiftLeft<16>(words));
     odd = hn::BitCast(DF(), hn::And(words, hn::Set(DU(), 0xffff0000u)));
   }
   VF Single(int depth, int lane) const { return hn::BitCast(DF(), hn::ShiftLeft<16>(Words(depth, lane))); }
+};
+
+// Two codes of the 16-bit halves of words, the lower and the upper byte, as F32 * 2^-120: the exponent's bits
+// are put where F32 has its lowest.
+HWY_INLINE void SplitE4m3(hn::Vec<DU> words, int upper_byte, VF& low_half, VF& high_half) {
+  const DU du;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::Repartition<int16_t, DF> d16;
+  auto halves = hn::BitCast(d16, words);
+  if (upper_byte == 0) halves = hn::ShiftLeft<8>(halves);
+  const auto placed = hn::And(hn::BitCast(du, hn::ShiftRight<4>(halves)), hn::Set(du, 0x87f087f0u));
+#else  // which has no vectors of halves
+  if (upper_byte == 0) words = hn::ShiftLeft<8>(words);
+  const auto placed = hn::Or(hn::And(words, hn::Set(du, 0x80008000u)),
+                             hn::And(hn::ShiftRight<4>(words), hn::Set(du, 0x07f007f0u)));
+#endif
+  low_half = hn::BitCast(DF(), hn::ShiftLeft<16>(placed));
+  high_half = hn::BitCast(DF(), hn::And(placed, hn::Set(du, 0xffff0000u)));
+}
+
+// The codes of an FP8 side: words of four depths. The left side is taken times 2^60, so that neither it nor
+// the products leave the range of F32; scales belong to tokens and are applied outside.
+struct Fp8Side {
+  static constexpr int kDepths = 4;
+  static constexpr float kUnit = 0x1p60f;
+  static constexpr float kLeft = 0x1p60f;
+  const uint8_t* data;
+  int lanes;
+  const uint8_t* next;  // as Bf16Side
+  HWY_INLINE void Pair(int depth, int s, int lane, VF& first, VF& second) const {
+    const int64_t place = int64_t{depth} / 4 * lanes + lane;
+    if (s == 0) hwy::Prefetch(reinterpret_cast<const uint32_t*>(next) + place);
+    SplitE4m3(hn::LoadU(DU(), reinterpret_cast<const uint32_t*>(data) + place), s, first, second);
+  }
 };
 
 // Q queries x V vectors of lanes in registers.
@@ -73,22 +114,27 @@ HWY_INLINE void ProductBlock(const float* a, int a_stride, const Right& b, int d
   for (int q = 0; q < Q; ++q) {
     for (int v = 0; v < V; ++v) sum[q][v] = hn::Zero(df);
   }
+  constexpr int kPairs = Right::kDepths / 2;
   int d = 0;
-  for (; d + 2 <= depth; d += 2) {
-    VF even[V], odd[V];
-    for (int v = 0; v < V; ++v) b.Pair(d, lane + v * width, even[v], odd[v]);
-    for (int q = 0; q < Q; ++q) {
-      const VF a_even = hn::Set(df, a[q * a_stride + d]);
-      const VF a_odd = hn::Set(df, a[q * a_stride + d + 1]);
-      for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_even, even[v], sum[q][v]);
-      for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_odd, odd[v], sum[q][v]);
+  for (; d + Right::kDepths <= depth; d += Right::kDepths) {
+    for (int s = 0; s < kPairs; ++s) {
+      VF first[V], second[V];
+      for (int v = 0; v < V; ++v) b.Pair(d, s, lane + v * width, first[v], second[v]);
+      for (int q = 0; q < Q; ++q) {
+        const VF a_first = hn::Set(df, a[q * a_stride + d + s]);
+        const VF a_second = hn::Set(df, a[q * a_stride + d + s + kPairs]);
+        for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_first, first[v], sum[q][v]);
+        for (int v = 0; v < V; ++v) sum[q][v] = hn::MulAdd(a_second, second[v], sum[q][v]);
+      }
     }
   }
-  if (d < depth) {  // the partner of the last token of a tail is not a number that may be touched
-    for (int q = 0; q < Q; ++q) {
-      const VF a_last = hn::Set(df, a[q * a_stride + d]);
-      for (int v = 0; v < V; ++v) {
-        sum[q][v] = hn::MulAdd(a_last, b.Single(d, lane + v * width), sum[q][v]);
+  if constexpr (Right::kDepths == 2) {
+    if (d < depth) {  // the partner of the last token of a tail is not a number that may be touched
+      for (int q = 0; q < Q; ++q) {
+        const VF a_last = hn::Set(df, a[q * a_stride + d]);
+        for (int v = 0; v < V; ++v) {
+          sum[q][v] = hn::MulAdd(a_last, b.Single(d, lane + v * width), sum[q][v]);
+        }
       }
     }
   }
@@ -96,6 +142,7 @@ HWY_INLINE void ProductBlock(const float* a, int a_stride, const Right& b, int d
     for (int v = 0; v < V; ++v) {
       float* to = c + q * c_stride + lane + v * width;
       VF total = sum[q][v];
+      if constexpr (Right::kUnit != 1) total = hn::Mul(total, hn::Set(df, Right::kUnit));
       if (keep != nullptr) total = hn::MulAdd(hn::Set(df, keep[q]), hn::Load(df, to), total);
       hn::Store(total, df, to);
     }
@@ -261,7 +308,39 @@ HWY_NOINLINE void ExpandSide(const KvGeometry& g, Side side, const uint8_t* in, 
   }
 }
 
+// FP16 scales of the 64 tokens of an FP8 side, times `factor`.
+HWY_INLINE void ReadTokenScales(const KvGeometry& g, const uint8_t* side, float factor, float* scales) {
+  const uint8_t* stored = side + CodeBytes(g, 8);
+  for (int t = 0; t < kBlockTokens; ++t) {
+    scales[t] = factor * Fp16ToFloat(static_cast<fp16_t>(stored[2 * t] | stored[2 * t + 1] << 8));
+  }
+}
+
+// An FP8 side to F32 [depth][lane].
+HWY_NOINLINE void ExpandFp8Side(const KvGeometry& g, Side side, const uint8_t* in, float* tile) {
+  const DF df;
+  const int width = Width();
+  const int lanes = side == Side::kK ? kBlockTokens : g.head_dim;
+  const int depths = side == Side::kK ? g.head_dim : kBlockTokens;
+  HWY_ALIGN float scales[kBlockTokens];
+  ReadTokenScales(g, in, 0x1p120f, scales);
+  const auto* words = reinterpret_cast<const uint32_t*>(in);
+  for (int depth = 0; depth < depths; depth += 4) {
+    for (int lane = 0; lane < lanes; lane += width) {
+      const auto four = hn::LoadU(DU(), words + depth / 4 * lanes + lane);
+      VF x[4];
+      SplitE4m3(four, 0, x[0], x[2]);
+      SplitE4m3(four, 1, x[1], x[3]);
+      for (int i = 0; i < 4; ++i) {
+        const VF scale = side == Side::kK ? hn::Load(df, scales + lane) : hn::Set(df, scales[depth + i]);
+        hn::Store(hn::Mul(x[i], scale), df, tile + (depth + i) * lanes + lane);
+      }
+    }
+  }
+}
+
 void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+  if (bits == 8) return ExpandFp8Side(g, side, in, tile);
   const bool group_per_lane = side == Side::kK && (g.codec == Codec::kRotated || bits != 2);
   if (bits == 2) {
     group_per_lane ? ExpandSide<2, true>(g, side, in, tile) : ExpandSide<2, false>(g, side, in, tile);
@@ -332,7 +411,7 @@ class ItemRun {
   const uint8_t* Head(int64_t block) const {
     const KvBlockRef& ref = item_.sequence->blocks[static_cast<size_t>(block)];
     return args_.arena + int64_t{ref.unit_row} * UnitRowBytes(g_) +
-           int64_t{item_.kv_head} * HeadBytes(g_, ref.format);
+           int64_t{item_.kv_head} * HeadBytes(g_, ref.format, ref.capacity);
   }
 
   void Begin() {
@@ -355,21 +434,24 @@ class ItemRun {
     const uint8_t* keys = Head(block);
     const int k_bits = Bits(ref.format, Side::kK);
     const int v_bits = Bits(ref.format, Side::kV);
-    const uint8_t* values = keys + SideBytes(g_, k_bits);
+    const uint8_t* values = keys + SideBytes(g_, k_bits, ref.capacity);
     if (ref.format == Format::kBf16) {
+      CHECK(ref.tokens <= ref.capacity && ref.capacity <= kBlockTokens && ref.capacity % kTailStep == 0);
       const bool more = block + 1 < item_.block_end &&
                         item_.sequence->blocks[static_cast<size_t>(block + 1)].format == Format::kBf16;
-      DenseScores(Bf16Side{keys, kBlockTokens, values}, g_.head_dim, ref.tokens, queries_, w_);
+      DenseScores(Bf16Side{keys, ref.capacity, values}, g_.head_dim, ref.tokens, queries_, w_);
       Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
       DenseValues(Bf16Side{values, g_.head_dim, more ? Head(block + 1) : values}, g_.head_dim, ref.tokens,
                   queries_, w_);
-    } else if (integer_) {
+    } else if (ref.format == Format::kFp8 && queries_ <= kFewQueries) {
+      AttendFp8(block, ref.tokens);
+    } else if (integer_ && ref.format != Format::kFp8) {
       if (!queries_quantized_) QuantizeQueries(g_, queries_, w_);
       queries_quantized_ = true;
       Prefetch next_keys, next_values;
       if (block + 1 < item_.block_end) {
-        const Format format = item_.sequence->blocks[static_cast<size_t>(block + 1)].format;
-        next_keys = {Head(block + 1), HeadBytes(g_, format) / 2};
+        const KvBlockRef& next = item_.sequence->blocks[static_cast<size_t>(block + 1)];
+        next_keys = {Head(block + 1), HeadBytes(g_, next.format, next.capacity) / 2};
         next_values = {next_keys.data + next_keys.bytes, next_keys.bytes};
       }
       CodeScores(g_, k_bits, keys, queries_, next_keys, w_);
@@ -382,6 +464,39 @@ class ItemRun {
       ExpandSide(g_, Side::kV, v_bits, values, w_.tile);
       DenseValues(FloatRows{w_.tile, g_.head_dim}, g_.head_dim, ref.tokens, queries_, w_);
     }
+  }
+
+  // Scales are factors of scores and of weights.
+  void AttendFp8(int64_t block, int tokens) {
+    const DF df;
+    const int side_bytes = SideBytes(g_, 8);
+    const uint8_t* keys = Head(block);
+    const uint8_t* values = keys + side_bytes;
+    if (!large_queries_) {
+      for (int i = 0; i < queries_ * kMaxHeadDim; i += Width()) {
+        hn::Store(hn::Mul(hn::Load(df, w_.q + i), hn::Set(df, Fp8Side::kLeft)), df, w_.large_q + i);
+      }
+      large_queries_ = true;
+    }
+    HWY_ALIGN float scales[kBlockTokens];
+    const auto scale_scores = [&] {
+      for (int i = 0; i < queries_; ++i) {
+        for (int t = 0; t < kBlockTokens; t += Width()) {
+          float* at = w_.scores + i * kBlockTokens + t;
+          hn::Store(hn::Mul(hn::Load(df, at), hn::Load(df, scales + t)), df, at);
+        }
+      }
+    };
+    Product(w_.large_q, kMaxHeadDim, queries_, Fp8Side{keys, kBlockTokens, values}, g_.head_dim, kBlockTokens,
+            nullptr, w_.scores, kBlockTokens);
+    ReadTokenScales(g_, keys, 1, scales);
+    scale_scores();
+    Softmax(tokens, tokens, group_, queries_, w_);
+    ReadTokenScales(g_, values, Fp8Side::kLeft, scales);
+    scale_scores();
+    const bool more = block + 1 < item_.block_end;
+    Product(w_.scores, kBlockTokens, queries_, Fp8Side{values, g_.head_dim, more ? Head(block + 1) : values},
+            (tokens + 3) / 4 * 4, g_.head_dim, w_.keep, w_.out, kMaxHeadDim);
   }
 
   // Row r of the item (item_.row + r of the sequence) sees the step's rows up to itself.
@@ -434,6 +549,7 @@ class ItemRun {
   const int queries_;
   const bool integer_;
   bool queries_quantized_ = false;
+  bool large_queries_ = false;
   AttentionWorkspace& w_;
 };
 

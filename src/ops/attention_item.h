@@ -12,6 +12,8 @@ namespace triaxial {
 // Query vectors of an item: its rows times the query heads of the group, [row][head]. A multiple of four, the
 // register block of all kernels.
 inline constexpr int kItemQueries = 64;
+inline constexpr int kFewQueries =
+    4;  // up to so many read FP8 codes directly; more of them expand a tile first
 inline constexpr int kMaxHeadDim = 128;
 inline constexpr int kSumLanes = 16;  // the widest vector
 inline constexpr int kMaxChannelGroups = kMaxHeadDim / kPaperGroup;
@@ -39,6 +41,7 @@ struct AttentionWorkspace {
   alignas(64) float out[kItemQueries * kMaxHeadDim];      // sum of weight * value
   alignas(64) float tile[kBlockTokens * kMaxHeadDim];     // one side of one block, expanded
   alignas(64) float sum[kItemQueries * kSumLanes];        // of weights, lane by lane
+  alignas(64) float large_q[kFewQueries * kMaxHeadDim];   // q * 2^60, beside FP8 keys
   float top[kItemQueries];                                // weights are 2^(score - top)
   float keep[kItemQueries];                               // factor of `out` for the tile's top
 

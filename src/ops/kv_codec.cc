@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/checked_math.h"
+#include "base/float8.h"
 #include "base/parallel.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -69,6 +70,30 @@ HWY_INLINE VF FloatOfFp16Bits(VI h) {
   return hn::BitCast(df, hn::Or(sign, hn::BitCast(di, scaled)));
 }
 
+// For numbers: E4M3 as base/float8.h, in the low byte of each lane.
+HWY_INLINE VI RoundToE4m3Bits(VF x) {
+  const DF df;
+  const DI di;
+  const VI sign = hn::And(hn::ShiftRight<24>(hn::BitCast(di, x)), hn::Set(di, 0x80));
+  const VF bounded = hn::Min(hn::Abs(x), hn::Set(df, kLargestE4m3));
+  const VI magnitude = hn::BitCast(di, bounded);
+  const VI aligned = hn::BitCast(di, hn::Add(bounded, hn::Set(df, 0x1p14f)));
+  const VI subnormal = hn::Sub(aligned, hn::Set(di, 0x46800000));
+  const VI odd = hn::And(hn::ShiftRight<20>(magnitude), hn::Set(di, 1));
+  const VI normal = hn::ShiftRight<20>(hn::Add(hn::Sub(magnitude, hn::Set(di, 0x3c000000 - 0x7ffff)), odd));
+  return hn::Or(sign, hn::IfThenElse(hn::Lt(magnitude, hn::Set(di, 0x3c800000)), subnormal, normal));
+}
+
+// Of the low byte of each lane; exact.
+HWY_INLINE VF FloatOfE4m3Bits(VI x) {
+  const DF df;
+  const DI di;
+  const VI sign = hn::ShiftLeft<24>(hn::And(x, hn::Set(di, 0x80)));
+  const VI magnitude = hn::ShiftLeft<20>(hn::And(x, hn::Set(di, 0x7f)));
+  const VF scaled = hn::Mul(hn::BitCast(df, magnitude), hn::Set(df, 0x1p120f));
+  return hn::BitCast(df, hn::Or(sign, hn::BitCast(di, scaled)));
+}
+
 HWY_INLINE VF Sanitize(VF x) {
   const DF df;
   x = hn::IfThenElseZero(hn::Eq(x, x), x);  // NaN
@@ -94,7 +119,7 @@ struct Grouping {
 };
 
 Grouping GroupingOf(const KvGeometry& g, Side side, int bits) {
-  if (g.codec == Codec::kRotated) return {false, g.head_dim == 128 ? 7 : 6};
+  if (g.codec == Codec::kRotated || bits == 8) return {false, g.head_dim == 128 ? 7 : 6};
   return {side == Side::kK && bits == 2, 5};
 }
 
@@ -159,8 +184,13 @@ void FitGroups(int num_groups, int bits, float clip, Groups* HWY_RESTRICT groups
     const VF trim = hn::Mul(hn::Sub(hi, lo), margin);
     lo = hn::Add(lo, trim);
     hi = hn::Sub(hi, trim);
-    const VI scale_bits = RoundToFp16Bits(hn::Div(hn::Sub(hi, lo), levels));
-    const VI minimum_bits = RoundToFp16Bits(lo);
+    VI scale_bits = hn::Zero(DI()), minimum_bits = hn::Zero(DI());
+    if (bits == 8) {
+      scale_bits = RoundToFp16Bits(hn::Div(hn::Max(hn::Abs(lo), hn::Abs(hi)), hn::Set(df, kLargestE4m3)));
+    } else {
+      scale_bits = RoundToFp16Bits(hn::Div(hn::Sub(hi, lo), levels));
+      minimum_bits = RoundToFp16Bits(lo);
+    }
     hn::StoreU(hn::DemoteTo(d16, scale_bits), d16, scales + i);
     hn::StoreU(hn::DemoteTo(d16, minimum_bits), d16, scales + num_groups + i);
     const VF scale = FloatOfFp16Bits(scale_bits);
@@ -187,9 +217,16 @@ void ReadGroups(int num_groups, const uint8_t* meta, Groups* HWY_RESTRICT groups
 template <int kBits>
 HWY_INLINE VI CodesOf(VF x, VF minimum, VF inverse) {
   const DF df;
+  if constexpr (kBits == 8) return RoundToE4m3Bits(hn::Mul(Sanitize(x), inverse));
   const VF steps = hn::Mul(hn::Sub(Sanitize(x), minimum), inverse);
   const VF levels = hn::Set(df, static_cast<float>((1 << kBits) - 1));
   return hn::NearestInt(hn::Min(hn::Max(steps, hn::Zero(df)), levels));
+}
+
+template <int kBits>
+HWY_INLINE VF ValuesOf(VI codes, VF minimum, VF scale) {
+  if constexpr (kBits == 8) return hn::Mul(FloatOfE4m3Bits(codes), scale);
+  return hn::Add(hn::Mul(hn::ConvertTo(DF(), codes), scale), minimum);
 }
 
 // K: a word holds four channels of one token, its bytes the tokens 16 apart.
@@ -275,9 +312,9 @@ void DecodeKeys(const Grouping& grouping, int head_dim, const uint8_t* HWY_RESTR
         for (int j = 0; j < kPerByte; ++j) {
           const int t = row * kRowTokens + 16 * j + lane;
           if (t >= tokens) break;
-          const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(packed, kBits * j), mask));
-          const VF value = hn::Add(hn::Mul(codes, OfGroup(grouping, groups.factor, head_dim, t, c)),
-                                   OfGroup(grouping, groups.minimum, head_dim, t, c));
+          const VF value = ValuesOf<kBits>(hn::And(hn::ShiftRightSame(packed, kBits * j), mask),
+                                           OfGroup(grouping, groups.minimum, head_dim, t, c),
+                                           OfGroup(grouping, groups.factor, head_dim, t, c));
           hn::StoreU(value, df, out + t * head_dim + c);
         }
       }
@@ -303,9 +340,9 @@ void DecodeValues(const Grouping& grouping, int head_dim, const uint8_t* HWY_RES
           if (t >= tokens) break;
           for (int j = 0; j < kPerByte; ++j) {
             const int c = (row * kPerByte + j) * 16 + lane;
-            const VF codes = hn::ConvertTo(df, hn::And(hn::ShiftRightSame(packed, 8 * i + kBits * j), mask));
-            const VF value = hn::Add(hn::Mul(codes, OfGroup(grouping, groups.factor, head_dim, t, c)),
-                                     OfGroup(grouping, groups.minimum, head_dim, t, c));
+            const VF value = ValuesOf<kBits>(hn::And(hn::ShiftRightSame(packed, 8 * i + kBits * j), mask),
+                                             OfGroup(grouping, groups.minimum, head_dim, t, c),
+                                             OfGroup(grouping, groups.factor, head_dim, t, c));
             hn::StoreU(value, df, out + t * head_dim + c);
           }
         }
@@ -317,13 +354,13 @@ void DecodeValues(const Grouping& grouping, int head_dim, const uint8_t* HWY_RES
 // ---- BF16 sides
 
 // K: words of two channels of one token; V: words of two tokens of one channel.
-void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t row_stride, int tokens,
-                uint8_t* HWY_RESTRICT out) {
+void EncodeBf16(Side side, int head_dim, int capacity, const float* HWY_RESTRICT x, int64_t row_stride,
+                int tokens, uint8_t* HWY_RESTRICT out) {
   const DF df;
   const DI di;
   const VI low_half = hn::Set(di, 0xffff);
   if (side == Side::kV) {
-    for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
+    for (int pair = 0; pair < capacity / 2; ++pair) {
       for (int c = 0; c < head_dim; c += Width()) {
         const float* HWY_RESTRICT even = x + 2 * pair * row_stride + c;
         VI packed = hn::Zero(di);
@@ -338,7 +375,7 @@ void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t ro
   }
   const hn::Rebind<uint16_t, DF> d16;
   HWY_ALIGN_MAX uint16_t row[kMaxHeadDim];
-  for (int t = 0; t < kBlockTokens; ++t) {
+  for (int t = 0; t < capacity; ++t) {
     if (t < tokens) {
       for (int c = 0; c < head_dim; c += Width()) {
         const VI bits = RoundToBf16Bits(hn::LoadU(df, x + t * row_stride + c));
@@ -348,12 +385,12 @@ void EncodeBf16(Side side, int head_dim, const float* HWY_RESTRICT x, int64_t ro
       std::fill_n(row, head_dim, uint16_t{0});
     }
     for (int pair = 0; pair < head_dim / 2; ++pair) {
-      std::memcpy(out + (pair * kBlockTokens + t) * 4, row + 2 * pair, 4);
+      std::memcpy(out + (pair * capacity + t) * 4, row + 2 * pair, 4);
     }
   }
 }
 
-void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tokens,
+void DecodeBf16(Side side, int head_dim, int capacity, const uint8_t* HWY_RESTRICT in, int tokens,
                 float* HWY_RESTRICT out) {
   const DF df;
   const DI di;
@@ -373,7 +410,7 @@ void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tok
   for (int pair = 0; pair < head_dim / 2; ++pair) {
     for (int t = 0; t < tokens; ++t) {
       uint32_t packed;
-      std::memcpy(&packed, in + (pair * kBlockTokens + t) * 4, sizeof(packed));
+      std::memcpy(&packed, in + (pair * capacity + t) * 4, sizeof(packed));
       const uint32_t values[2] = {packed << 16, packed & 0xffff0000u};
       std::memcpy(out + t * head_dim + 2 * pair, values, sizeof(values));
     }
@@ -382,25 +419,30 @@ void DecodeBf16(Side side, int head_dim, const uint8_t* HWY_RESTRICT in, int tok
 
 // ---- Entry points
 
-void EncodeSide(const KvGeometry& g, Side side, int bits, float clip, const float* x, int64_t row_stride,
-                int tokens, uint8_t* out) {
-  if (bits == 16) return EncodeBf16(side, g.head_dim, x, row_stride, tokens, out);
+void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float clip, const float* x,
+                int64_t row_stride, int tokens, uint8_t* out) {
+  if (bits == 16) return EncodeBf16(side, g.head_dim, capacity, x, row_stride, tokens, out);
   Groups groups;
   const Grouping grouping = GroupingOf(g, side, bits);
   const int num_groups = MetaGroups(g, bits);
   FindRanges(grouping, g.head_dim, x, row_stride, tokens, num_groups, &groups);
   FitGroups(num_groups, bits, clip, &groups, out + CodeBytes(g, bits));
-  const auto encode = side == Side::kK ? (bits == 2 ? &EncodeKeys<2> : &EncodeKeys<4>)
-                                       : (bits == 2 ? &EncodeValues<2> : &EncodeValues<4>);
+  const bool keys = side == Side::kK;
+  const auto encode = bits == 2   ? (keys ? &EncodeKeys<2> : &EncodeValues<2>)
+                      : bits == 4 ? (keys ? &EncodeKeys<4> : &EncodeValues<4>)
+                                  : (keys ? &EncodeKeys<8> : &EncodeValues<8>);
   encode(grouping, g.head_dim, x, row_stride, tokens, groups, out);
 }
 
-void DecodeSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, int tokens, float* out) {
-  if (bits == 16) return DecodeBf16(side, g.head_dim, in, tokens, out);
+void DecodeSide(const KvGeometry& g, Side side, int bits, int capacity, const uint8_t* in, int tokens,
+                float* out) {
+  if (bits == 16) return DecodeBf16(side, g.head_dim, capacity, in, tokens, out);
   Groups groups;
   ReadGroups(MetaGroups(g, bits), in + CodeBytes(g, bits), &groups);
-  const auto decode = side == Side::kK ? (bits == 2 ? &DecodeKeys<2> : &DecodeKeys<4>)
-                                       : (bits == 2 ? &DecodeValues<2> : &DecodeValues<4>);
+  const bool keys = side == Side::kK;
+  const auto decode = bits == 2   ? (keys ? &DecodeKeys<2> : &DecodeValues<2>)
+                      : bits == 4 ? (keys ? &DecodeKeys<4> : &DecodeValues<4>)
+                                  : (keys ? &DecodeKeys<8> : &DecodeValues<8>);
   decode(GroupingOf(g, side, bits), g.head_dim, in, tokens, groups, out);
 }
 
@@ -476,26 +518,30 @@ HWY_EXPORT(Hadamard);
 }  // namespace
 
 void EncodeSide(const KvGeometry& g, Format f, Side side, const ClipRatios& clip, const float* x,
-                int64_t row_stride, int tokens, uint8_t* block_head) {
+                int64_t row_stride, int tokens, uint8_t* block_head, int capacity) {
+  capacity = RoomOf(f, capacity);
   CHECK(g.head_dim == 64 || g.head_dim == 128);
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+  CHECK(tokens >= 1 && tokens <= capacity && capacity <= kBlockTokens && capacity % kTailStep == 0);
   CHECK(clip.k2 >= kMinClip && clip.k2 <= 1.0f && clip.v2 >= kMinClip && clip.v2 <= 1.0f);
   const int bits = Bits(f, side);
   HWY_DYNAMIC_DISPATCH(EncodeSide)
-  (g, side, bits, ClipOf(g, clip, side, bits), x, row_stride, tokens, block_head + SideOffset(g, f, side));
+  (g, side, bits, capacity, ClipOf(g, clip, side, bits), x, row_stride, tokens,
+   block_head + SideOffset(g, f, side, capacity));
 }
 
 void EncodeBlock(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k, const float* v,
-                 int64_t row_stride, int tokens, uint8_t* out) {
-  EncodeSide(g, f, Side::kK, clip, k, row_stride, tokens, out);
-  EncodeSide(g, f, Side::kV, clip, v, row_stride, tokens, out);
+                 int64_t row_stride, int tokens, uint8_t* out, int capacity) {
+  EncodeSide(g, f, Side::kK, clip, k, row_stride, tokens, out, capacity);
+  EncodeSide(g, f, Side::kV, clip, v, row_stride, tokens, out, capacity);
 }
 
-void DecodeSide(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens, float* out) {
+void DecodeSide(const KvGeometry& g, Format f, Side side, const uint8_t* block_head, int tokens, float* out,
+                int capacity) {
+  capacity = RoomOf(f, capacity);
   CHECK(g.head_dim == 64 || g.head_dim == 128);
-  CHECK(tokens >= 1 && tokens <= kBlockTokens);
+  CHECK(tokens >= 1 && tokens <= capacity && capacity <= kBlockTokens && capacity % kTailStep == 0);
   HWY_DYNAMIC_DISPATCH(DecodeSide)
-  (g, side, Bits(f, side), block_head + SideOffset(g, f, side), tokens, out);
+  (g, side, Bits(f, side), capacity, block_head + SideOffset(g, f, side, capacity), tokens, out);
 }
 
 void RoundToBf16(const float* x, int64_t n, float* out) {

@@ -20,11 +20,12 @@ void ParallelForValues(int64_t n, int64_t values, const Fn& fn) {
   for (int64_t i = 0; i < n; ++i) fn(i);
 }
 
-uint8_t* HeadOf(const KvGeometry& g, uint8_t* arena_layer, uint32_t unit_row, Format f, int64_t head) {
-  return arena_layer + unit_row * UnitRowBytes(g) + head * HeadBytes(g, f);
+uint8_t* HeadOf(const KvGeometry& g, uint8_t* arena_layer, uint32_t unit_row, Format f, int64_t head,
+                int capacity = kBlockTokens) {
+  return arena_layer + unit_row * UnitRowBytes(g) + head * HeadBytes(g, f, capacity);
 }
 
-// A tail is extended in place.
+// A tail is opened or extended in place.
 bool Appends(const KvStore& store) {
   return store.format == Format::kBf16 && store.unit_row == store.tail_row;
 }
@@ -33,34 +34,49 @@ bool Appends(const KvStore& store) {
 void AppendToTail(const KvGeometry& g, uint8_t* head_bytes, const float* k, const float* v,
                   int64_t row_stride, const KvStore& store) {
   if (store.from_tail == 0) {  // also zeroes the places of the tokens to come
-    EncodeBlock(g, Format::kBf16, {}, k, v, row_stride, store.rows, head_bytes);
+    EncodeBlock(g, Format::kBf16, {}, k, v, row_stride, store.rows, head_bytes, store.capacity);
     return;
   }
   uint8_t* keys = head_bytes;
-  uint8_t* values = head_bytes + SideOffset(g, Format::kBf16, Side::kV);
+  uint8_t* values = head_bytes + SideOffset(g, Format::kBf16, Side::kV, store.capacity);
   for (int i = 0; i < store.rows; ++i) {
     const int t = store.from_tail + i;
     for (int c = 0; c < g.head_dim; ++c) {
       const bf16_t key = FloatToBf16(k[i * row_stride + c]), value = FloatToBf16(v[i * row_stride + c]);
-      std::memcpy(keys + 2 * PlaceOfBf16(c, t, kBlockTokens), &key, sizeof(key));
+      std::memcpy(keys + 2 * PlaceOfBf16(c, t, store.capacity), &key, sizeof(key));
       std::memcpy(values + 2 * PlaceOfBf16(t, c, g.head_dim), &value, sizeof(value));
     }
   }
 }
 
-// Encodes a whole block of one head from the tail's tokens and the step's rows.
-void CompleteBlock(const KvGeometry& g, const ClipRatios& clip, const uint8_t* tail_bytes,
-                   uint8_t* head_bytes, const float* k, const float* v, int64_t row_stride,
-                   const KvStore& store) {
+// Encodes a block of one head in a new place from the tail's tokens and the step's rows: a whole one, or a
+// tail with more room.
+void EncodeFromTail(const KvGeometry& g, const ClipRatios& clip, const uint8_t* tail_bytes,
+                    uint8_t* head_bytes, const float* k, const float* v, int64_t row_stride,
+                    const KvStore& store) {
   alignas(64) float tile[kBlockTokens * 128];
   for (const Side side : {Side::kK, Side::kV}) {
-    if (store.from_tail > 0) DecodeSide(g, Format::kBf16, side, tail_bytes, store.from_tail, tile);
+    if (store.from_tail > 0) {
+      DecodeSide(g, Format::kBf16, side, tail_bytes, store.from_tail, tile, store.tail_capacity);
+    }
     const float* rows = side == Side::kK ? k : v;
     for (int i = 0; i < store.rows; ++i) {
       RoundToBf16(rows + i * row_stride, g.head_dim, tile + (store.from_tail + i) * g.head_dim);
     }
-    EncodeSide(g, store.format, side, clip, tile, g.head_dim, kBlockTokens, head_bytes);
+    EncodeSide(g, store.format, side, clip, tile, g.head_dim, store.from_tail + store.rows, head_bytes,
+               store.capacity);
   }
+}
+
+void CheckStore(const KvStore& store) {
+  const int tokens = store.from_tail + store.rows;
+  if (Appends(store)) {
+    CHECK(store.rows > 0 && store.capacity == store.tail_capacity);
+  } else {
+    CHECK(store.from_tail == 0 || store.unit_row != store.tail_row);
+    CHECK(store.from_tail <= store.tail_capacity);
+  }
+  CHECK(store.format == Format::kBf16 ? tokens <= store.capacity : tokens == kBlockTokens);
 }
 
 }  // namespace
@@ -71,9 +87,7 @@ void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, 
   std::vector<const KvStore*> ordered;
   int64_t values = 0;
   for (const KvStore& store : stores) {
-    CHECK(store.from_tail + store.rows <= kBlockTokens);
-    CHECK(Appends(store) ? store.rows > 0 : store.from_tail + store.rows == kBlockTokens);
-    CHECK(Appends(store) || store.from_tail == 0 || store.unit_row != store.tail_row);
+    CheckStore(store);
     ordered.push_back(&store);
     values += int64_t{2} * store.rows * g.num_kv_heads * g.head_dim;
   }
@@ -93,12 +107,13 @@ void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, 
     for (size_t i = begins[group]; i < begins[group + 1]; ++i) {
       const KvStore& store = *ordered[i];
       const int64_t first = store.row_begin * row_stride + head * g.head_dim;
-      uint8_t* to = HeadOf(g, arena_layer, store.unit_row, store.format, head);
+      uint8_t* to = HeadOf(g, arena_layer, store.unit_row, store.format, head, store.capacity);
       if (Appends(store)) {
         AppendToTail(g, to, k + first, v + first, row_stride, store);
       } else {
-        const uint8_t* tail = HeadOf(g, arena_layer, store.tail_row, Format::kBf16, head);
-        CompleteBlock(g, clip, tail, to, k + first, v + first, row_stride, store);
+        const uint8_t* tail =
+            HeadOf(g, arena_layer, store.tail_row, Format::kBf16, head, store.tail_capacity);
+        EncodeFromTail(g, clip, tail, to, k + first, v + first, row_stride, store);
       }
     }
   });

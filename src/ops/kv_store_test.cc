@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -14,7 +15,7 @@
 namespace triaxial {
 namespace {
 
-constexpr Format kQuantized[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4};
+constexpr Format kQuantized[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kFp8};
 
 KvGeometry Geometry(Codec codec, int head_dim = 128) { return {1, 3, head_dim, codec}; }
 
@@ -34,7 +35,8 @@ std::vector<float> RandomRows(const KvGeometry& g, int rows, uint32_t seed) {
 
 // What one head of a block must hold: the scalar codec over its rows, rounded to BF16.
 std::vector<uint8_t> ExpectedHead(const KvGeometry& g, Format f, const ClipRatios& clip, const float* k,
-                                  const float* v, int first_row, int rows, int head) {
+                                  const float* v, int first_row, int rows, int head,
+                                  int capacity = kBlockTokens) {
   std::vector<float> side[2];
   for (int t = first_row; t < first_row + rows; ++t) {
     for (int c = 0; c < g.head_dim; ++c) {
@@ -43,17 +45,17 @@ std::vector<uint8_t> ExpectedHead(const KvGeometry& g, Format f, const ClipRatio
       side[1].push_back(Bf16ToFloat(FloatToBf16(v[i])));
     }
   }
-  std::vector<uint8_t> out(static_cast<size_t>(HeadBytes(g, f)));
-  EncodeBlockScalar(g, f, clip, side[0].data(), side[1].data(), g.head_dim, rows, out.data());
+  std::vector<uint8_t> out(static_cast<size_t>(HeadBytes(g, f, capacity)));
+  EncodeBlockScalar(g, f, clip, side[0].data(), side[1].data(), g.head_dim, rows, out.data(), capacity);
   return out;
 }
 
 void ExpectBlock(const KvGeometry& g, Format f, const ClipRatios& clip, const std::vector<uint8_t>& arena,
                  uint32_t unit_row, const std::vector<float>& k, const std::vector<float>& v, int first_row,
-                 int rows) {
+                 int rows, int capacity = kBlockTokens) {
   for (int head = 0; head < g.num_kv_heads; ++head) {
-    const auto expected = ExpectedHead(g, f, clip, k.data(), v.data(), first_row, rows, head);
-    const uint8_t* got = arena.data() + unit_row * UnitRowBytes(g) + head * HeadBytes(g, f);
+    const auto expected = ExpectedHead(g, f, clip, k.data(), v.data(), first_row, rows, head, capacity);
+    const uint8_t* got = arena.data() + unit_row * UnitRowBytes(g) + head * HeadBytes(g, f, capacity);
     ASSERT_TRUE(std::equal(expected.begin(), expected.end(), got))
         << Name(g.codec) << " " << Name(f) << ", head " << head << ", rows from " << first_row;
   }
@@ -129,6 +131,50 @@ TEST(StoreKv, OneTokenAtATimeFillsATail) {
   }
 }
 
+// A tail that grows from place to place as it needs room, and is completed from each capacity; its bytes are
+// those of a tail that was always so large, and the block's are those of its tokens.
+TEST(StoreKv, TailsGrowAndAreCompletedFromEveryCapacity) {
+  std::mt19937 rng(14);
+  for (int round = 0; round < 60; ++round) {
+    const KvGeometry g = Geometry(round % 2 == 0 ? Codec::kRotated : Codec::kPaper, round % 4 < 2 ? 64 : 128);
+    const Format f = static_cast<Format>(rng() % kFormats);
+    const auto k = RandomRows(g, 64, rng()), v = RandomRows(g, 64, rng());
+    // A place for each capacity, then one for the block, then a row that nobody writes.
+    std::array<uint32_t, 6> place{};
+    for (int i = 0; i < 4; ++i) {
+      place[static_cast<size_t>(i + 1)] =
+          place[static_cast<size_t>(i)] +
+          static_cast<uint32_t>(UnitsOf(g, Format::kBf16, kTailStep * (i + 1)));
+    }
+    place[5] = place[4] + static_cast<uint32_t>(UnitsOf(g, f));
+    auto arena = DirtyArena(g, static_cast<int>(place[5]) + 1);
+
+    int done = 0, capacity = 0;
+    while (done < 64) {
+      const int rows = std::min(64 - done, 1 + static_cast<int>(rng() % (round % 3 == 0 ? 40 : 12)));
+      const int room = std::max(capacity, (done + rows + 15) / 16 * 16);
+      const auto place_of = [&](int c) { return place[static_cast<size_t>(c / kTailStep - 1)]; };
+      KvStore store{
+          .row_begin = done, .from_tail = static_cast<uint8_t>(done), .rows = static_cast<uint8_t>(rows)};
+      const bool completes = done + rows == 64;
+      store.unit_row = completes ? place[4] : place_of(room);
+      store.format = completes ? f : Format::kBf16;
+      store.capacity = static_cast<uint8_t>(room);
+      store.tail_row = done == 0 ? store.unit_row : place_of(capacity);
+      store.tail_capacity = static_cast<uint8_t>(done == 0 ? room : capacity);
+      StoreKv(g, {}, arena.data(), k.data(), v.data(), {&store, 1});
+      done += rows;
+      capacity = room;
+      if (completes) {
+        ExpectBlock(g, f, {}, arena, place[4], k, v, 0, 64);
+      } else {
+        ExpectBlock(g, Format::kBf16, {}, arena, store.unit_row, k, v, 0, done, room);
+      }
+    }
+    for (auto p = arena.end() - UnitRowBytes(g); p != arena.end(); ++p) ASSERT_EQ(*p, 0xff) << round;
+  }
+}
+
 // Many sequences in one step, each with its own tail, given in an order that interleaves them.
 TEST(StoreKv, SequencesDoNotDisturbEachOther) {
   const KvGeometry g = Geometry(Codec::kRotated);
@@ -157,13 +203,13 @@ TEST(StoreKv, SequencesDoNotDisturbEachOther) {
 // place overlaps the old one.
 TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format from : {Format::kBf16, Format::kK4V4, Format::kK4V2}) {
+    for (const Format from : {Format::kBf16, Format::kFp8, Format::kK4V4, Format::kK4V2}) {
       for (const Format to : kQuantized) {
         for (const uint32_t to_row : {0u, 5u, 10u, 200u}) {
           const KvGeometry g = Geometry(codec);
           const ClipRatios clip{0.9f, 0.9f};
           const uint32_t from_row = 5;
-          auto arena = DirtyArena(g, 250);
+          auto arena = DirtyArena(g, 270);
           const auto k = RandomRows(g, 64, 10), v = RandomRows(g, 64, 11);
           std::vector<std::vector<uint8_t>> expected;
           for (int head = 0; head < g.num_kv_heads; ++head) {
@@ -191,6 +237,33 @@ TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
         }
       }
     }
+  }
+}
+
+// Neighbours that become smaller where they are: each stays within what it had.
+TEST(ConvertKv, InPlaceBesideOthers) {
+  const KvGeometry g = Geometry(Codec::kRotated, 64);
+  constexpr int kBlocks = 5;
+  const int units = UnitsOf(g, Format::kBf16);
+  auto arena = DirtyArena(g, kBlocks * units);
+  const auto k = RandomRows(g, kBlocks * 64, 15), v = RandomRows(g, kBlocks * 64, 16);
+  std::vector<KvStore> stores;
+  std::vector<KvConvert> converts;
+  for (int i = 0; i < kBlocks; ++i) {
+    const auto row = static_cast<uint32_t>(i * units);
+    stores.push_back({row, row, i * 64, 0, 64, Format::kBf16});
+    if (i % 2 == 1) converts.push_back({row, row, Format::kBf16, kQuantized[i % 3]});
+  }
+  StoreKv(g, {}, arena.data(), k.data(), v.data(), stores);
+  const auto before = arena;
+  ConvertKv(g, {}, arena.data(), converts);
+  for (int i = 0; i < kBlocks; ++i) {
+    const auto row = static_cast<uint32_t>(i * units);
+    const Format f = i % 2 == 1 ? kQuantized[i % 3] : Format::kBf16;
+    ExpectBlock(g, f, {}, arena, row, k, v, i * 64, 64);
+    const auto end = (row + static_cast<uint32_t>(UnitsOf(g, f))) * UnitRowBytes(g);
+    const auto next = (row + static_cast<uint32_t>(units)) * UnitRowBytes(g);
+    EXPECT_TRUE(std::equal(arena.begin() + end, arena.begin() + next, before.begin() + end)) << i;
   }
 }
 

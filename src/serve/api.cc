@@ -2,34 +2,46 @@
 
 #include <atomic>
 #include <chrono>
+#include <optional>
 
-#include "base/file.h"
 #include "base/json.h"
-#include "base/log.h"
+#include "serve/api_keys.h"
 #include "serve/completion.h"
+#include "serve/kv_page.h"
 #include "serve/metrics.h"
 #include "serve/openai.h"
 
 namespace triaxial {
 namespace {
 
-// Takes as long for a wrong key as for a right one.
-bool SameSecret(std::string_view a, std::string_view b) {
-  unsigned difference = a.size() == b.size() ? 0 : 1;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference |= static_cast<unsigned>(static_cast<uint8_t>(a[i]) ^
-                                        static_cast<uint8_t>(b.empty() ? 0 : b[i % b.size()]));
-  }
-  return difference == 0;
+// A request that found its route, and the tenant who sent it.
+struct Call {
+  HttpRequest request;
+  std::string tenant;
+  std::shared_ptr<Responder> responder;
+};
+
+void SendJson(const Json& json, Responder* responder) {
+  responder->Send(200, "application/json", DumpJson(json), {});
+}
+
+// An error that has no Status: of routing and authorization.
+void SendRefusal(int code, const std::string& message, const char* type, Responder* responder) {
+  responder->Send(
+      code, "application/json",
+      DumpJson({{"error", {{"message", message}, {"type", type}, {"param", nullptr}, {"code", code}}}}), {});
 }
 
 class ApiServerImpl : public ApiServer {
  public:
-  ApiServerImpl(ServedModel model, std::unique_ptr<Engine> engine, std::vector<std::string> api_keys)
+  ApiServerImpl(ServedModel model, std::unique_ptr<Engine> engine, ApiOptions options)
       : model_(std::move(model)),
         engine_(std::move(engine)),
-        api_keys_(std::move(api_keys)),
+        keys_(options.api_keys),
+        request_timeout_(options.request_timeout),
+        recorder_(std::move(options.recorder)),
         metrics_(model_.name),
+        context_{&model_, engine_.get(), &metrics_, &retry_, &ids_, recorder_.get(), options.log_requests},
         created_(std::chrono::duration_cast<std::chrono::seconds>(
                      std::chrono::system_clock::now().time_since_epoch())
                      .count()) {}
@@ -62,14 +74,16 @@ class ApiServerImpl : public ApiServer {
     if (!ready_.load(std::memory_order_acquire))
       return SendError(Unavailable("the server is starting"), responder.get());
     struct Route {
-      std::string_view method, path;
-      bool open;  // needs no key
-      void (ApiServerImpl::*handler)(HttpRequest&&, std::shared_ptr<Responder>);
+      std::string_view method, path;  // a path that ends with / stands for all below it
+      bool open;                      // needs no key
+      void (ApiServerImpl::*handler)(Call&&);
     };
     static constexpr Route kRoutes[] = {
         {"GET", "/health", true, &ApiServerImpl::Health},
         {"GET", "/metrics", true, &ApiServerImpl::GetMetrics},
         {"GET", "/v1/models", false, &ApiServerImpl::Models},
+        {"GET", "/v1/kv", false, &ApiServerImpl::Kv},
+        {"GET", kKvOfAnswer, false, &ApiServerImpl::KvOfAnswer},
         {"POST", "/v1/chat/completions", false, &ApiServerImpl::Chat},
         {"POST", "/v1/completions", false, &ApiServerImpl::Complete},
         {"POST", "/tokenize", false, &ApiServerImpl::Tokenize},
@@ -77,111 +91,109 @@ class ApiServerImpl : public ApiServer {
     };
     bool path_known = false;
     for (const Route& route : kRoutes) {
-      if (request.path != route.path) continue;
+      if (route.path.ends_with('/') ? !request.path.starts_with(route.path) : request.path != route.path)
+        continue;
       path_known = true;
       if (request.method != route.method) continue;
-      if (!route.open && !Authorized(request)) {
-        return responder->Send(
-            401, "application/json",
-            DumpJson({{"error",
-                       {{"message", "missing or wrong API key; send 'Authorization: Bearer KEY'"},
-                        {"type", "authentication_error"},
-                        {"param", nullptr},
-                        {"code", 401}}}}),
-            {});
+      const std::optional<std::string> tenant =
+          route.open ? std::string() : keys_.Tenant(request.authorization);
+      if (!tenant) {
+        return SendRefusal(401, "missing or wrong API key; send 'Authorization: Bearer KEY'",
+                           "authentication_error", responder.get());
       }
-      return (this->*route.handler)(std::move(request), std::move(responder));
+      return (this->*route.handler)({std::move(request), *tenant, std::move(responder)});
     }
-    const int status = path_known ? 405 : 404;
-    const std::string message =
-        request.method + " " + request.path.substr(0, 200) +
-        (path_known ? " is not allowed here"
-                    : " does not exist; see /v1/models, /v1/chat/completions, /v1/completions, "
-                      "/tokenize, /detokenize, /health, /metrics");
-    responder->Send(status, "application/json",
-                    DumpJson({{"error",
-                               {{"message", message},
-                                {"type", "invalid_request_error"},
-                                {"param", nullptr},
-                                {"code", status}}}}),
-                    {});
+    SendRefusal(path_known ? 405 : 404,
+                request.method + " " + request.path.substr(0, 200) +
+                    (path_known ? " is not allowed here"
+                                : " does not exist; see /v1/models, /v1/chat/completions, /v1/completions, "
+                                  "/v1/kv, /tokenize, /detokenize, /health, /metrics"),
+                "invalid_request_error", responder.get());
   }
 
-  bool Authorized(const HttpRequest& request) const {
-    if (api_keys_.empty()) return true;
-    constexpr std::string_view kScheme = "Bearer ";
-    if (!request.authorization.starts_with(kScheme)) return false;
-    const std::string_view key = std::string_view(request.authorization).substr(kScheme.size());
-    bool known = false;
-    for (const std::string& candidate : api_keys_) known = SameSecret(key, candidate) || known;
-    return known;
+  void Health(Call&& call) {
+    if (draining_.load()) return SendError(Unavailable("the server is shutting down"), call.responder.get());
+    SendJson({{"status", "ok"}}, call.responder.get());
   }
 
-  void Health(HttpRequest&&, std::shared_ptr<Responder> responder) {
-    if (draining_.load()) return SendError(Unavailable("the server is shutting down"), responder.get());
-    responder->Send(200, "application/json", "{\"status\":\"ok\"}", {});
+  void GetMetrics(Call&& call) {
+    call.responder->Send(200, "text/plain; version=0.0.4; charset=utf-8",
+                         metrics_.Render(engine_->Snapshot()), {});
   }
 
-  void GetMetrics(HttpRequest&&, std::shared_ptr<Responder> responder) {
-    responder->Send(200, "text/plain; version=0.0.4; charset=utf-8", metrics_.Render(engine_->Snapshot()),
-                    {});
-  }
-
-  void Models(HttpRequest&&, std::shared_ptr<Responder> responder) {
+  void Models(Call&& call) {
     const Json model = {{"id", model_.name},        {"object", "model"},
                         {"created", created_},      {"owned_by", "triaxial"},
                         {"root", model_.directory}, {"max_model_len", engine_->max_model_len()}};
-    responder->Send(200, "application/json", DumpJson({{"object", "list"}, {"data", Json::array({model})}}),
-                    {});
+    SendJson({{"object", "list"}, {"data", Json::array({model})}}, call.responder.get());
+  }
+
+  void Kv(Call&& call) { SendJson(KvSnapshotJson(engine_->Snapshot()), call.responder.get()); }
+
+  void KvOfAnswer(Call&& call) {
+    const std::string id = call.request.path.substr(kKvOfAnswer.size());
+    const std::optional<RequestId> request = ids_.Find(id, call.tenant);
+    if (!request) {
+      return SendError(
+          NotFound("no answer '" + id.substr(0, 100) + "' is known here; the newest " +
+                   std::to_string(CompletionIds::kKept) + " are, to the key that asked for them"),
+          call.responder.get());
+    }
+    SendJson(KvBlocksJson(id, engine_->InspectBlocks(*request), engine_->geometry()), call.responder.get());
   }
 
   template <typename Parse>
-  void Generate(const HttpRequest& request, std::shared_ptr<Responder> responder, const Parse& parse) {
-    if (draining_.load()) return SendError(Unavailable("the server is shutting down"), responder.get());
-    const Result<Json> body = ParseJson(request.body, "the request body");
-    if (!body.ok()) return SendError(body.status(), responder.get());
+  void Generate(Call&& call, const Parse& parse) {
+    Responder* responder = call.responder.get();
+    if (draining_.load()) return SendError(Unavailable("the server is shutting down"), responder);
+    Result<Json> body = ParseJson(call.request.body, "the request body");
+    if (!body.ok()) return SendError(body.status(), responder);
     Result<ApiRequest> parsed = parse(*body, model_);
     if (!parsed.ok()) {
       metrics_.CountRefused(parsed.status().code());
-      return SendError(parsed.status(), responder.get());
+      return SendError(parsed.status(), responder);
     }
-    RunCompletion(std::move(*parsed), model_, engine_.get(), &metrics_, std::move(responder),
-                  http_->MakeStrand());
+    parsed->tenant = std::move(call.tenant);
+    if (parsed->timeout_seconds == 0) parsed->timeout_seconds = request_timeout_;
+    if (recorder_ && parsed->chat) {
+      parsed->messages = std::move((*body)["messages"]);
+      // Tools that tool_choice kept out of the prompt are no part of the conversation.
+      if (parsed->output.parse_tool_calls) parsed->tools = std::move((*body)["tools"]);
+    }
+    RunCompletion(std::move(*parsed), context_, std::move(call.responder), http_->MakeStrand());
   }
 
-  void Chat(HttpRequest&& request, std::shared_ptr<Responder> responder) {
-    Generate(request, std::move(responder), ParseChatRequest);
-  }
+  void Chat(Call&& call) { Generate(std::move(call), ParseChatRequest); }
+  void Complete(Call&& call) { Generate(std::move(call), ParseCompletionRequest); }
 
-  void Complete(HttpRequest&& request, std::shared_ptr<Responder> responder) {
-    Generate(request, std::move(responder), ParseCompletionRequest);
-  }
-
-  void Tokenize(HttpRequest&& request, std::shared_ptr<Responder> responder) {
-    const Result<Json> body = ParseJson(request.body, "the request body");
-    if (!body.ok()) return SendError(body.status(), responder.get());
+  void Tokenize(Call&& call) {
+    const Result<Json> body = ParseJson(call.request.body, "the request body");
+    if (!body.ok()) return SendError(body.status(), call.responder.get());
     const Result<std::vector<int32_t>> tokens = ParseTokenizeRequest(*body, model_);
-    if (!tokens.ok()) return SendError(tokens.status(), responder.get());
-    responder->Send(
-        200, "application/json",
-        DumpJson(
-            {{"tokens", *tokens}, {"count", tokens->size()}, {"max_model_len", engine_->max_model_len()}}),
-        {});
+    if (!tokens.ok()) return SendError(tokens.status(), call.responder.get());
+    SendJson({{"tokens", *tokens}, {"count", tokens->size()}, {"max_model_len", engine_->max_model_len()}},
+             call.responder.get());
   }
 
-  void Detokenize(HttpRequest&& request, std::shared_ptr<Responder> responder) {
-    const Result<Json> body = ParseJson(request.body, "the request body");
-    if (!body.ok()) return SendError(body.status(), responder.get());
+  void Detokenize(Call&& call) {
+    const Result<Json> body = ParseJson(call.request.body, "the request body");
+    if (!body.ok()) return SendError(body.status(), call.responder.get());
     const Result<std::vector<int32_t>> tokens = ParseDetokenizeRequest(*body, model_);
-    if (!tokens.ok()) return SendError(tokens.status(), responder.get());
-    responder->Send(200, "application/json", DumpJson({{"prompt", model_.tokenizer->Decode(*tokens, false)}}),
-                    {});
+    if (!tokens.ok()) return SendError(tokens.status(), call.responder.get());
+    SendJson({{"prompt", model_.tokenizer->Decode(*tokens, false)}}, call.responder.get());
   }
+
+  static constexpr std::string_view kKvOfAnswer = "/v1/kv/";
 
   const ServedModel model_;
   std::unique_ptr<Engine> engine_;
-  const std::vector<std::string> api_keys_;
+  const ApiKeys keys_;
+  const double request_timeout_;
+  const std::unique_ptr<ConversationRecorder> recorder_;
   Metrics metrics_;
+  RetryEstimate retry_;
+  CompletionIds ids_;
+  const AnswerContext context_;
   const int64_t created_;
   std::unique_ptr<HttpServer> http_;
   std::atomic<bool> ready_{false};
@@ -192,27 +204,11 @@ class ApiServerImpl : public ApiServer {
 }  // namespace
 
 Result<std::unique_ptr<ApiServer>> ApiServer::Start(ServedModel model, std::unique_ptr<Engine> engine,
-                                                    const HttpOptions& http,
-                                                    std::vector<std::string> api_keys) {
-  auto server = std::make_unique<ApiServerImpl>(std::move(model), std::move(engine), std::move(api_keys));
+                                                    ApiOptions options) {
+  const HttpOptions http = options.http;
+  auto server = std::make_unique<ApiServerImpl>(std::move(model), std::move(engine), std::move(options));
   RETURN_IF_ERROR(server->Listen(http));
   return std::unique_ptr<ApiServer>(std::move(server));
-}
-
-Result<std::vector<std::string>> LoadApiKeys(const std::string& path) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, size_t{1} << 20));
-  std::vector<std::string> keys;
-  size_t begin = 0;
-  while (begin < text.size()) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    std::string line = text.substr(begin, end - begin);
-    begin = end + 1;
-    while (!line.empty() && (line.back() == '\r' || line.back() == ' ' || line.back() == '\t'))
-      line.pop_back();
-    if (!line.empty() && line.front() != '#') keys.push_back(std::move(line));
-  }
-  if (keys.empty()) return InvalidArgument(path + " holds no API key; put one key on each line");
-  return keys;
 }
 
 }  // namespace triaxial

@@ -4,6 +4,8 @@
 #include <random>
 
 #include "base/log.h"
+#include "serve/api_keys.h"
+#include "serve/request_log.h"
 
 namespace triaxial {
 namespace {
@@ -18,28 +20,35 @@ std::string RandomId(std::string_view prefix) {
 
 class Completion : public std::enable_shared_from_this<Completion> {
  public:
-  Completion(ApiRequest&& request, const ServedModel& model, Engine* engine, Metrics* metrics,
-             std::shared_ptr<Responder> responder, std::function<void(std::function<void()>)> strand)
-      : model_(model),
-        engine_(engine),
-        metrics_(metrics),
+  Completion(ApiRequest&& request, const AnswerContext& context, std::shared_ptr<Responder> responder,
+             std::function<void(std::function<void()>)> strand)
+      : context_(context),
         responder_(std::move(responder)),
         strand_(std::move(strand)),
         chat_(request.chat),
         stream_(request.stream),
         include_usage_(request.include_usage),
         want_logprobs_(request.sampling.logprobs >= 0),
-        parser_(*model.tokenizer, request.output),
-        reasoning_(model.markup, request.starts_in_thought),
-        forced_(std::move(request.forced)) {
+        record_(context.recorder != nullptr && !request.messages.is_null()),
+        tenant_(request.tenant),
+        parser_(*context.model->tokenizer, request.output),
+        reasoning_(context.model->markup, request.starts_in_thought),
+        forced_(std::move(request.forced)),
+        messages_(std::move(request.messages)),
+        tools_(std::move(request.tools)) {
     head_ = {
-        RandomId(chat_ ? "chatcmpl-" : "cmpl-"), model.name,
+        RandomId(chat_ ? "chatcmpl-" : "cmpl-"), context.model->name,
         std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
             .count(),
         chat_};
     engine_request_.prompt = std::move(request.prompt);
     engine_request_.sampling = std::move(request.sampling);
     engine_request_.starts_in_thought = request.starts_in_thought && forced_.empty();
+    engine_request_.salt = SaltOf(request.tenant, request.cache_salt);
+    engine_request_.tenant = std::move(request.tenant);
+    engine_request_.min_format = request.min_format;
+    engine_request_.priority = request.priority;
+    engine_request_.timeout_seconds = request.timeout_seconds;
   }
 
   void Start() {
@@ -47,24 +56,28 @@ class Completion : public std::enable_shared_from_this<Completion> {
     engine_request_.on_event = [self = shared_from_this()](TokenEvent&& event) {
       self->strand_([self, event = std::move(event)]() mutable { self->OnEvent(std::move(event)); });
     };
-    const Result<RequestId> id = engine_->Submit(std::move(engine_request_));
+    const Result<RequestId> id = context_.engine->Submit(std::move(engine_request_));
     if (!id.ok()) {
-      metrics_->CountRefused(id.status().code());
-      return SendError(id.status(), responder_.get());
+      context_.metrics->CountRefused(id.status().code());
+      return Refuse(id.status());
     }
+    context_.ids->Add(head_.id, tenant_, *id);
     // Ids are never reused, so cancelling a finished request is harmless.
-    responder_->OnHangUp([engine = engine_, request = *id] { engine->Cancel(request); });
+    responder_->OnHangUp([engine = context_.engine, request = *id] { engine->Cancel(request); });
   }
 
  private:
+  static void Join(const OutputDelta& delta, OutputDelta* whole) {
+    whole->content += delta.content;
+    whole->reasoning += delta.reasoning;
+    whole->tool_calls.insert(whole->tool_calls.end(), delta.tool_calls.begin(), delta.tool_calls.end());
+    whole->stopped = whole->stopped || delta.stopped;
+  }
+
   void Take(OutputDelta&& delta) {
-    pending_.content += delta.content;
-    pending_.reasoning += delta.reasoning;
-    for (ToolCall& call : delta.tool_calls) {
-      call.id = RandomId("call_");
-      pending_.tool_calls.push_back(std::move(call));
-    }
-    pending_.stopped = pending_.stopped || delta.stopped;
+    for (ToolCall& call : delta.tool_calls) call.id = RandomId("call_");
+    Join(delta, &pending_);
+    if (record_) Join(delta, &answer_);
   }
 
   void OnEvent(TokenEvent&& event) {
@@ -72,7 +85,6 @@ class Completion : public std::enable_shared_from_this<Completion> {
     if (stopped_) {  // the engine was a step ahead of the stop string; its end brings the figures
       if (!finished) return;
       event.stats.completion_tokens = completion_tokens_;
-      metrics_->ObserveFinished(event.stats, FinishReason::kStop);
       return End(FinishReason::kStop, event.stats);
     }
     const bool is_end_token = event.finish == FinishReason::kStop && event.token >= 0;
@@ -86,16 +98,16 @@ class Completion : public std::enable_shared_from_this<Completion> {
       }
     }
     if (finished) {
-      metrics_->ObserveFinished(event.stats, event.finish);
-      if (event.finish == FinishReason::kError) return Fail(event.error);
+      if (event.finish == FinishReason::kError) return Fail(event.finish, event.stats, event.error);
       if (event.finish == FinishReason::kCancelled)
-        return Fail(Unavailable("the request was cancelled: the server is shutting down"));
+        return Fail(event.finish, event.stats,
+                    Unavailable("the request was cancelled: the server is shutting down"));
       Take(parser_.Finish());
       return End(event.finish, event.stats);
     }
     if (pending_.stopped) {
       stopped_ = true;
-      return engine_->Cancel(event.id);
+      return context_.engine->Cancel(event.id);
     }
     if (stream_) SendDelta("");
   }
@@ -103,8 +115,8 @@ class Completion : public std::enable_shared_from_this<Completion> {
   void SendDelta(const std::string& finish_reason) {
     const bool empty = pending_.content.empty() && pending_.reasoning.empty() && pending_.tool_calls.empty();
     if (empty && finish_reason.empty()) return;
-    Json logprobs =
-        want_logprobs_ ? LogprobsJson(events_, *model_.tokenizer, chat_, &text_offset_) : Json(nullptr);
+    Json logprobs = want_logprobs_ ? LogprobsJson(events_, *context_.model->tokenizer, chat_, &text_offset_)
+                                   : Json(nullptr);
     events_.clear();
     if (!started_) responder_->Start("text/event-stream");
     const int calls = static_cast<int>(pending_.tool_calls.size());
@@ -118,10 +130,18 @@ class Completion : public std::enable_shared_from_this<Completion> {
 
   static std::string Event(const Json& json) { return "data: " + DumpJson(json) + "\n\n"; }
 
+  void Observe(FinishReason reason, const RequestStats& stats, const std::string& finish) {
+    context_.metrics->ObserveFinished(stats, reason);
+    if (reason == FinishReason::kStop || reason == FinishReason::kLength) context_.retry->Observe(stats);
+    if (context_.log) spdlog::info("{}", FinishedLine(head_.id, tenant_, finish, stats));
+  }
+
   void End(FinishReason reason, const RequestStats& stats) {
     const bool called = calls_ > 0 || !pending_.tool_calls.empty();
     const std::string finish =
         called && reason == FinishReason::kStop ? "tool_calls" : std::string(Name(reason));
+    Observe(reason, stats, finish);
+    if (record_) context_.recorder->Append(std::move(messages_), MessageJson(answer_), std::move(tools_));
     if (stream_) {
       SendDelta(finish);
       if (include_usage_)
@@ -130,36 +150,45 @@ class Completion : public std::enable_shared_from_this<Completion> {
       responder_->Finish();
       return;
     }
-    Json logprobs =
-        want_logprobs_ ? LogprobsJson(events_, *model_.tokenizer, chat_, &text_offset_) : Json(nullptr);
+    Json logprobs = want_logprobs_ ? LogprobsJson(events_, *context_.model->tokenizer, chat_, &text_offset_)
+                                   : Json(nullptr);
     responder_->Send(200, "application/json",
                      DumpJson(AnswerJson(head_, pending_, finish, std::move(logprobs),
                                          UsageJson(stats, reasoning_tokens_))),
                      {});
   }
 
-  void Fail(const Status& status) {
-    if (!started_) return SendError(status, responder_.get());
+  void Refuse(const Status& status) {
+    const int retry =
+        status.code() == Code::kResourceExhausted ? context_.retry->Seconds(context_.engine->Snapshot()) : 1;
+    SendError(status, responder_.get(), retry);
+  }
+
+  void Fail(FinishReason reason, const RequestStats& stats, const Status& status) {
+    Observe(reason, stats, std::string(Name(reason)));
+    if (!started_) return Refuse(status);
     responder_->Write(Event(ErrorJson(status)));
     responder_->Write("data: [DONE]\n\n");
     responder_->Finish();
   }
 
-  const ServedModel& model_;
-  Engine* engine_;
-  Metrics* metrics_;
+  const AnswerContext& context_;
   const std::shared_ptr<Responder> responder_;
   const std::function<void(std::function<void()>)> strand_;
   const bool chat_;
   const bool stream_;
   const bool include_usage_;
   const bool want_logprobs_;
+  const bool record_;
+  const std::string tenant_;
   Request engine_request_;
   AnswerHead head_;
   OutputParser parser_;
   GenerationTagger reasoning_;
   std::vector<int32_t> forced_;
-  OutputDelta pending_;  // not yet sent
+  Json messages_, tools_;  // to be recorded
+  OutputDelta pending_;    // not yet sent
+  OutputDelta answer_;     // all of it, if it is recorded
   std::vector<TokenEvent> events_;
   int64_t text_offset_ = 0;
   int completion_tokens_ = 0;
@@ -173,17 +202,16 @@ class Completion : public std::enable_shared_from_this<Completion> {
 
 std::string DumpJson(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
-void SendError(const Status& status, Responder* responder) {
+void SendError(const Status& status, Responder* responder, int retry_after_seconds) {
   const bool retry = status.code() == Code::kResourceExhausted || status.code() == Code::kUnavailable;
-  responder->Send(HttpStatus(status.code()), "application/json", DumpJson(ErrorJson(status)),
-                  retry ? "1" : "");
+  const int seconds = retry ? retry_after_seconds : 0;
+  responder->Send(HttpStatus(status.code()), "application/json", DumpJson(ErrorJson(status, seconds)),
+                  retry ? std::to_string(seconds) : "");
 }
 
-void RunCompletion(ApiRequest request, const ServedModel& model, Engine* engine, Metrics* metrics,
-                   std::shared_ptr<Responder> responder, std::function<void(std::function<void()>)> strand) {
-  std::make_shared<Completion>(std::move(request), model, engine, metrics, std::move(responder),
-                               std::move(strand))
-      ->Start();
+void RunCompletion(ApiRequest request, const AnswerContext& context, std::shared_ptr<Responder> responder,
+                   std::function<void(std::function<void()>)> strand) {
+  std::make_shared<Completion>(std::move(request), context, std::move(responder), std::move(strand))->Start();
 }
 
 }  // namespace triaxial

@@ -54,6 +54,16 @@ struct Metrics::Impl {
       Counter("triaxial_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");
   prometheus::Counter& prefix_hits =
       Counter("triaxial_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.");
+  prometheus::Counter& evictions =
+      Counter("triaxial_kv_evictions_total", "Cached blocks dropped to make room.");
+  prometheus::Counter& woken =
+      Counter("triaxial_kv_blocks_woken_total", "Sleeping blocks read back into the arena.");
+  prometheus::Counter& corrupt = Counter("triaxial_kv_store_corrupt_total",
+                                         "Sleeping blocks or files that failed their checksum; ignored.");
+  prometheus::Counter& integrity =
+      Counter("triaxial_kv_integrity_errors_total", "Violations found by checks of the cache.");
+  prometheus::Gauge& cached =
+      Gauge("triaxial_kv_cached_tokens", "Tokens in KV blocks that no running request uses.");
   prometheus::Counter& preemptions =
       Counter("triaxial_num_preemptions_total", "Sequences preempted for memory.");
   prometheus::Counter& prompt_tokens = Counter("triaxial_prompt_tokens_total", "Prompt tokens processed.");
@@ -67,10 +77,56 @@ struct Metrics::Impl {
   prometheus::Histogram& queue =
       Seconds("triaxial_request_queue_time_seconds", "From arrival to the first step.");
   prometheus::Gauge& price =
-      Gauge("triaxial_kv_price", "Price of a byte of KV cache; 0 while policies are fixed.");
+      Gauge("triaxial_kv_price", "Price of a byte of KV cache; 0 under a fixed policy.");
   prometheus::Gauge& bits =
       Gauge("triaxial_kv_effective_bits", "Stored bits per KV element, metadata and tails included.");
+
+  void SetBytesAndTokens(const EngineSnapshot& snapshot);
+  void SetTags(const EngineSnapshot& snapshot);
+  void RaiseDemotions(const EngineSnapshot& snapshot);
 };
+
+void Metrics::Impl::SetBytesAndTokens(const EngineSnapshot& snapshot) {
+  for (int f = 0; f < kFormats; ++f) {
+    const prometheus::Labels labels = {{"format", std::string(Name(static_cast<Format>(f)))}};
+    Gauge("triaxial_kv_bytes", "Bytes of KV blocks in use.", labels)
+        .Set(static_cast<double>(snapshot.kv.bytes[static_cast<size_t>(f)]));
+    Gauge("triaxial_kv_tokens", "Tokens in KV blocks.", labels)
+        .Set(static_cast<double>(snapshot.kv.tokens[static_cast<size_t>(f)]));
+  }
+  cached.Set(static_cast<double>(snapshot.cached_tokens));
+  const auto sleeping = [&](const char* tier, int64_t bytes) {
+    Gauge("triaxial_kv_sleeping_bytes", "Bytes of KV blocks that sleep outside the arena.", {{"tier", tier}})
+        .Set(static_cast<double>(bytes));
+  };
+  sleeping("host", snapshot.store.host_bytes);
+  sleeping("disk", snapshot.store.disk_bytes);
+}
+
+void Metrics::Impl::SetTags(const EngineSnapshot& snapshot) {
+  for (int t = 0; t < kTags; ++t) {
+    const Tag tag = Tag::FromIndex(t);
+    Gauge("triaxial_kv_tokens_by_tag", "Tokens in KV blocks by tag.",
+          {{"temporal", std::string(Name(tag.temporal))},
+           {"modal", std::string(Name(tag.modal))},
+           {"semantic", std::string(Name(tag.semantic))}})
+        .Set(static_cast<double>(snapshot.tokens_by_tag[static_cast<size_t>(t)]));
+  }
+}
+
+void Metrics::Impl::RaiseDemotions(const EngineSnapshot& snapshot) {
+  for (size_t from = 0; from < kFormats; ++from) {
+    for (size_t to = 0; to < from; ++to) {
+      for (size_t cause = 0; cause < kCauses; ++cause) {
+        Raise(&Counter("triaxial_kv_demotions_total", "Blocks stored anew with fewer bits.",
+                       {{"from", std::string(Name(static_cast<Format>(from)))},
+                        {"to", std::string(Name(static_cast<Format>(to)))},
+                        {"cause", std::string(Name(static_cast<Cause>(cause)))}}),
+              snapshot.demotions[from][to][cause]);
+      }
+    }
+  }
+}
 
 Metrics::Metrics(const std::string& model_name) : impl_(std::make_unique<Impl>(model_name)) {
   for (const char* reason : {"stop", "length", "abort", "error"}) {
@@ -116,24 +172,16 @@ std::string Metrics::Render(const EngineSnapshot& snapshot) {
   Impl::Raise(&impl_->preemptions, snapshot.preemptions);
   Impl::Raise(&impl_->prompt_tokens, snapshot.prompt_tokens);
   Impl::Raise(&impl_->generation_tokens, snapshot.generation_tokens);
-  Impl::Raise(&impl_->prefix_queries, snapshot.prompt_tokens);
-  for (int f = 0; f < kFormats; ++f) {
-    const prometheus::Labels labels = {{"format", std::string(Name(static_cast<Format>(f)))}};
-    impl_->Gauge("triaxial_kv_bytes", "Bytes of KV blocks in use.", labels)
-        .Set(static_cast<double>(snapshot.kv.bytes[static_cast<size_t>(f)]));
-    impl_->Gauge("triaxial_kv_tokens", "Tokens in KV blocks.", labels)
-        .Set(static_cast<double>(snapshot.kv.tokens[static_cast<size_t>(f)]));
-  }
-  for (int t = 0; t < kTags; ++t) {
-    const Tag tag = Tag::FromIndex(t);
-    const int64_t count = snapshot.tokens_by_tag[static_cast<size_t>(t)];
-    impl_
-        ->Gauge("triaxial_kv_tokens_by_tag", "Tokens in KV blocks by tag.",
-                {{"temporal", std::string(Name(tag.temporal))},
-                 {"modal", std::string(Name(tag.modal))},
-                 {"semantic", std::string(Name(tag.semantic))}})
-        .Set(static_cast<double>(count));
-  }
+  Impl::Raise(&impl_->prefix_queries, snapshot.prefix_queries);
+  Impl::Raise(&impl_->prefix_hits, snapshot.prefix_hits);
+  Impl::Raise(&impl_->evictions, snapshot.evictions);
+  Impl::Raise(&impl_->woken, snapshot.store.woken);
+  Impl::Raise(&impl_->corrupt, snapshot.store.corrupt);
+  Impl::Raise(&impl_->integrity, snapshot.integrity_errors);
+  impl_->price.Set(snapshot.price);
+  impl_->SetBytesAndTokens(snapshot);
+  impl_->SetTags(snapshot);
+  impl_->RaiseDemotions(snapshot);
   return prometheus::TextSerializer().Serialize(impl_->registry.Collect());
 }
 

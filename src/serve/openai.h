@@ -26,6 +26,13 @@ struct ApiRequest {
   bool include_usage = false;
   std::vector<int32_t>
       forced;  // tokens that tool_choice put at the end of the prompt and that open the answer
+  std::string cache_salt;
+  Format min_format = Format::kK2V2;
+  int priority = 0;
+  double timeout_seconds = 0;  // 0: the request has none of its own
+  // The server fills these in.
+  std::string tenant;
+  Json messages, tools;  // of the body, if the conversation is to be recorded, else null
 };
 
 // Body of POST /v1/chat/completions and /v1/completions. Unknown fields are ignored; a field of the wrong
@@ -51,7 +58,10 @@ Json LogprobsJson(const std::vector<TokenEvent>& events, const Tokenizer& tokeni
                   int64_t* text_offset);
 
 Json UsageJson(const RequestStats& stats, int reasoning_tokens);
-// A whole answer. tool_calls have ids.
+// The assistant's message of a chat answer, as clients send it back in their next request. tool_calls have
+// ids.
+Json MessageJson(const OutputDelta& message);
+// A whole answer.
 Json AnswerJson(const AnswerHead& head, const OutputDelta& message, const std::string& finish_reason,
                 Json logprobs, Json usage);
 // One streamed chunk. `first`: carries the role; tool calls are numbered from `first_call`. finish_reason ""
@@ -62,7 +72,8 @@ Json ChunkJson(const AnswerHead& head, const OutputDelta& delta, bool first, int
 Json UsageChunkJson(const AnswerHead& head, Json usage);
 
 int HttpStatus(Code code);
-Json ErrorJson(const Status& status);
+// retry_after_seconds: when to come again; 0: not said.
+Json ErrorJson(const Status& status, int retry_after_seconds = 0);
 std::string_view Name(FinishReason reason);  // "stop", "length", ...
 
 }  // namespace triaxial

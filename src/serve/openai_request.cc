@@ -6,6 +6,9 @@
 namespace triaxial {
 namespace {
 
+constexpr size_t kMaxSaltBytes = 256;
+constexpr double kMaxTimeoutSeconds = 86400;
+
 Status WrongType(std::string_view field, std::string_view expected, const Json& found) {
   return InvalidArgument(std::string(field) + " must be " + std::string(expected) + ", found " +
                          found.type_name());
@@ -24,6 +27,18 @@ class Fields {
     if (const Json* value = Find(name)) {
       if (!value->is_number()) return Fail(WrongType(name, "a number", *value));
       *out = value->get<float>();
+    }
+  }
+  // Text of at most `max_bytes`.
+  void Read(const char* name, size_t max_bytes, std::string* out) {
+    if (const Json* value = Find(name)) {
+      if (!value->is_string()) return Fail(WrongType(name, "a string", *value));
+      const std::string& text = value->get_ref<const std::string&>();
+      if (text.size() > max_bytes) {
+        return Fail(InvalidArgument(std::string(name) + " has " + std::to_string(text.size()) +
+                                    " bytes; at most " + std::to_string(max_bytes) + " are allowed"));
+      }
+      *out = text;
     }
   }
   void Read(const char* name, bool* out) {
@@ -98,6 +113,32 @@ Status ReadStop(const Fields& fields, std::vector<std::string>* stop) {
   return OkStatus();
 }
 
+// How the request's blocks are shared, stored and scheduled.
+Status ReadServing(const Fields& fields, ApiRequest* request) {
+  if (const Json* format = fields.Find("kv_min_format")) {
+    if (!format->is_string()) return WrongType("kv_min_format", "the name of a format", *format);
+    const std::optional<Format> parsed = ParseFormat(format->get_ref<const std::string&>());
+    if (!parsed) {
+      std::string names;
+      for (int f = 0; f < kFormats; ++f)
+        names += std::string(f > 0 ? ", " : "") + std::string(Name(static_cast<Format>(f)));
+      return InvalidArgument("kv_min_format is '" + format->get_ref<const std::string&>().substr(0, 40) +
+                             "'; it must be one of " + names);
+    }
+    request->min_format = *parsed;
+  }
+  if (const Json* timeout = fields.Find("timeout")) {
+    if (!timeout->is_number()) return WrongType("timeout", "a number of seconds", *timeout);
+    const double seconds = timeout->get<double>();
+    if (!(seconds > 0 && seconds <= kMaxTimeoutSeconds)) {
+      return InvalidArgument("timeout is " + timeout->dump() + "; it must be more than 0 and at most " +
+                             std::to_string(static_cast<int>(kMaxTimeoutSeconds)) + " seconds");
+    }
+    request->timeout_seconds = seconds;
+  }
+  return OkStatus();
+}
+
 // What chat and text completions share.
 Status ReadCommon(const Json& body, const ServedModel& model, ApiRequest* request) {
   Fields fields(body);
@@ -128,6 +169,8 @@ Status ReadCommon(const Json& body, const ServedModel& model, ApiRequest* reques
   fields.Read("stream", &request->stream);
   fields.Read("skip_special_tokens", &request->output.skip_special_tokens);
   fields.Read("include_stop_str_in_output", &request->output.include_stop);
+  fields.Read("cache_salt", kMaxSaltBytes, &request->cache_salt);
+  fields.Read("priority", -100, 100, &request->priority);
   int n = 1;
   fields.Read("n", std::numeric_limits<int>::min(), std::numeric_limits<int>::max(), &n);
   if (n != 1)
@@ -147,6 +190,7 @@ Status ReadCommon(const Json& body, const ServedModel& model, ApiRequest* reques
     RETURN_IF_ERROR(ReadTokenIds(*ids, "stop_token_ids", model, &sampling.stop_token_ids));
   }
   RETURN_IF_ERROR(ReadStop(fields, &request->output.stop));
+  RETURN_IF_ERROR(ReadServing(fields, request));
   return Validate(sampling);
 }
 

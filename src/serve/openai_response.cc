@@ -101,6 +101,22 @@ Json UsageJson(const RequestStats& stats, int reasoning_tokens) {
   json["kv_bytes"] = stats.kv.total_bytes();
   json["kv_effective_bits"] = stats.effective_bits;
   json["kv_tokens"] = std::move(tokens);
+  json["kv_demotions"] = stats.demotions;
+  return json;
+}
+
+Json MessageJson(const OutputDelta& message) {
+  Json json;
+  json["role"] = "assistant";
+  // OpenAI answers null content beside tool calls; text that is there is never dropped.
+  json["content"] =
+      message.content.empty() && !message.tool_calls.empty() ? Json(nullptr) : Json(message.content);
+  if (!message.reasoning.empty()) json["reasoning_content"] = message.reasoning;
+  if (!message.tool_calls.empty()) {
+    json["tool_calls"] = Json::array();
+    for (const ToolCall& call : message.tool_calls)
+      json["tool_calls"].push_back(ToolCallJson(call, std::nullopt));
+  }
   return json;
 }
 
@@ -109,18 +125,7 @@ Json AnswerJson(const AnswerHead& head, const OutputDelta& message, const std::s
   Json choice;
   choice["index"] = 0;
   if (head.chat) {
-    Json out;
-    out["role"] = "assistant";
-    // OpenAI answers null content beside tool calls; text that is there is never dropped.
-    out["content"] =
-        message.content.empty() && !message.tool_calls.empty() ? Json(nullptr) : Json(message.content);
-    if (!message.reasoning.empty()) out["reasoning_content"] = message.reasoning;
-    if (!message.tool_calls.empty()) {
-      out["tool_calls"] = Json::array();
-      for (const ToolCall& call : message.tool_calls)
-        out["tool_calls"].push_back(ToolCallJson(call, std::nullopt));
-    }
-    choice["message"] = std::move(out);
+    choice["message"] = MessageJson(message);
   } else {
     choice["text"] = message.content;
   }
@@ -177,6 +182,8 @@ int HttpStatus(Code code) {
       return 413;
     case Code::kResourceExhausted:
       return 429;
+    case Code::kDeadlineExceeded:
+      return 504;
     case Code::kUnavailable:
     case Code::kCancelled:
       return 503;
@@ -187,14 +194,17 @@ int HttpStatus(Code code) {
   return 500;
 }
 
-Json ErrorJson(const Status& status) {
+Json ErrorJson(const Status& status, int retry_after_seconds) {
   const int code = HttpStatus(status.code());
   const char* type = code == 404   ? "not_found_error"
                      : code == 429 ? "rate_limit_error"
                      : code == 503 ? "service_unavailable_error"
+                     : code == 504 ? "timeout_error"
                      : code >= 500 ? "server_error"
                                    : "invalid_request_error";
-  return {{"error", {{"message", status.message()}, {"type", type}, {"param", nullptr}, {"code", code}}}};
+  Json error = {{"message", status.message()}, {"type", type}, {"param", nullptr}, {"code", code}};
+  if (retry_after_seconds > 0) error["retry_after_seconds"] = retry_after_seconds;
+  return {{"error", std::move(error)}};
 }
 
 }  // namespace triaxial

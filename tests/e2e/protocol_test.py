@@ -142,6 +142,10 @@ class MalformedTest(ServerTest):
         "logprobs": ["yes", 5, []],
         "top_logprobs": ["x", -1, 21, 1.5, 5],
         "skip_special_tokens": ["yes", 1],
+        "cache_salt": [5, True, [], {}, "x" * 257],
+        "kv_min_format": [5, True, [], "", "fp64", "K4V4"],
+        "priority": ["high", 1.5, [], True, -101, 101, 1e30, 2**70],
+        "timeout": ["soon", True, [], 0, -1, 86401, 1e300],
         "add_generation_prompt": ["yes", 1],
         "chat_template_kwargs": ["x", 5, [], {"enable_thinking": "yes"}, {"add_vision_id": 1}],
     }
@@ -153,6 +157,10 @@ class MalformedTest(ServerTest):
         "temperature": ["x", -1],
         "stop": [5, [5]],
         "n": [2],
+        "cache_salt": [5, "x" * 257],
+        "kv_min_format": ["int4"],
+        "priority": [101],
+        "timeout": [0],
     }
 
     def test_wrong_values_of_every_field(self):

@@ -103,10 +103,11 @@ class Server:
         return metrics
 
     def load(self):
-        """(running, waiting, tokens in the KV cache)"""
+        """(running, waiting, tokens in KV blocks of running requests)"""
         metrics = self.metrics()
-        return tuple(int(sum(metrics[name].values())) for name in
-                     ("triaxial_num_requests_running", "triaxial_num_requests_waiting", "triaxial_kv_tokens"))
+        running, waiting, tokens, cached = (int(sum(metrics[f"triaxial_{name}"].values())) for name in (
+            "num_requests_running", "num_requests_waiting", "kv_tokens", "kv_cached_tokens"))
+        return running, waiting, tokens - cached
 
     def wait_for(self, condition, seconds):
         """Polls load() until condition(running, waiting, tokens); returns the last load."""

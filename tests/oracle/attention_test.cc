@@ -17,6 +17,7 @@
 namespace triaxial {
 namespace {
 
+constexpr Format kAllFormats[] = {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kFp8, Format::kBf16};
 constexpr uint8_t kNanByte = 0xff;  // FP16, BF16 and F32 of it are not numbers
 
 struct SequenceShape {
@@ -47,7 +48,7 @@ struct Case {
     for (SequenceShape& shape : shapes) {
       for (KvBlockRef& block : shape.blocks) {
         block.unit_row = unit_rows;
-        unit_rows += static_cast<uint32_t>(UnitsOf(g, block.format));
+        unit_rows += static_cast<uint32_t>(UnitsOf(g, block.format, block.capacity));
       }
       rows += shape.rows;
     }
@@ -62,7 +63,7 @@ struct Case {
             values[i] = normal(random);
           }
           EncodeBlockScalar(g, block.format, {}, keys.data(), values.data(), g.head_dim, block.tokens,
-                            Head(block, head));
+                            Head(block, head), block.capacity);
           if (block.format == Format::kBf16) PoisonPastTokens(block, head);
         }
       }
@@ -82,15 +83,17 @@ struct Case {
   }
 
   uint8_t* Head(const KvBlockRef& block, int head) {
-    return arena.data() + block.unit_row * UnitRowBytes(g) + head * HeadBytes(g, block.format);
+    return arena.data() + block.unit_row * UnitRowBytes(g) +
+           head * HeadBytes(g, block.format, block.capacity);
   }
 
   // What lies past the tokens of a tail may be anything.
   void PoisonPastTokens(const KvBlockRef& block, int head) {
-    for (int t = block.tokens; t < kBlockTokens; ++t) {
+    for (int t = block.tokens; t < block.capacity; ++t) {
       for (int c = 0; c < g.head_dim; ++c) {
-        std::memset(Head(block, head) + 2 * PlaceOfBf16(c, t, kBlockTokens), kNanByte, 2);
-        std::memset(Head(block, head) + SideBytes(g, 16) + 2 * PlaceOfBf16(t, c, g.head_dim), kNanByte, 2);
+        std::memset(Head(block, head) + 2 * PlaceOfBf16(c, t, block.capacity), kNanByte, 2);
+        std::memset(Head(block, head) + SideBytes(g, 16, block.capacity) + 2 * PlaceOfBf16(t, c, g.head_dim),
+                    kNanByte, 2);
       }
     }
   }
@@ -118,8 +121,10 @@ struct Case {
           const size_t at = keys.size();
           keys.resize(at + static_cast<size_t>(block.tokens * g.head_dim));
           values.resize(keys.size());
-          DecodeSideScalar(g, block.format, Side::kK, Head(block, head), block.tokens, keys.data() + at);
-          DecodeSideScalar(g, block.format, Side::kV, Head(block, head), block.tokens, values.data() + at);
+          const uint8_t* stored = Head(block, head);
+          DecodeSideScalar(g, block.format, Side::kK, stored, block.tokens, keys.data() + at, block.capacity);
+          DecodeSideScalar(g, block.format, Side::kV, stored, block.tokens, values.data() + at,
+                           block.capacity);
         }
         const size_t prefix = keys.size() / static_cast<size_t>(g.head_dim);
         for (int row = 0; row < sequence.rows; ++row) {
@@ -204,7 +209,7 @@ std::vector<KvBlockRef> Blocks(int count, Format format, int tail_tokens) {
 TEST(AttentionOracle, EveryFormatCodecHeadSizeAndGroup) {
   uint32_t seed = 1;
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : kAllFormats) {
       for (const int head_dim : {64, 128}) {
         for (const int group : {1, 2, 3, 4, 5, 8, 16}) {
           Case c{.g = {1, 2, head_dim, codec}, .group = group};
@@ -221,11 +226,31 @@ TEST(AttentionOracle, EveryFormatCodecHeadSizeAndGroup) {
 
 TEST(AttentionOracle, PartialBlocks) {
   for (const int tokens : {1, 2, 3, 4, 15, 16, 17, 31, 33, 62, 63}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : {Format::kK2V2, Format::kK4V4, Format::kFp8, Format::kBf16}) {
       Case c{.g = {1, 1, 128, Codec::kRotated}, .group = 2};
       c.shapes = {{1, {{0, static_cast<uint8_t>(tokens), format}}}};
       c.Fill(static_cast<uint32_t>(tokens));
       ExpectClose(c, 1e-4, std::string(Name(format)) + " of " + std::to_string(tokens) + " tokens");
+    }
+  }
+}
+
+// Blocks with room for fewer than 64 tokens, alone and between others, for one row and for many.
+TEST(AttentionOracle, TailsOfEveryCapacity) {
+  uint32_t seed = 1;
+  for (const int head_dim : {64, 128}) {
+    for (const uint8_t capacity : {16, 32, 48, 64}) {
+      for (const int tokens : {1, 2, capacity - 15, capacity - 1, int{capacity}}) {
+        const KvBlockRef tail{0, static_cast<uint8_t>(tokens), Format::kBf16, capacity};
+        Case c{.g = {1, 2, head_dim, Codec::kRotated}, .group = 3};
+        c.shapes = {{1, {tail}},
+                    {1, {{0, kBlockTokens, Format::kK2V2}, tail}},
+                    {20, {{0, kBlockTokens, Format::kBf16}, tail}}};
+        c.Fill(seed++);
+        ExpectClose(c, 1e-4,
+                    std::to_string(tokens) + " tokens of " + std::to_string(capacity) + ", dim " +
+                        std::to_string(head_dim));
+      }
     }
   }
 }
@@ -252,7 +277,12 @@ TEST(AttentionOracle, RaggedBatchesOfMixedFormats) {
       for (int b = pick(0, 6); b > 0; --b) {
         shape.blocks.push_back({0, kBlockTokens, static_cast<Format>(pick(0, kFormats - 1))});
       }
-      if (pick(0, 1)) shape.blocks.push_back({0, static_cast<uint8_t>(pick(1, 64)), Format::kBf16});
+      for (int tails = pick(0, 2); tails > 0; --tails) {
+        const int capacity = kTailStep * pick(1, 4);
+        const KvBlockRef tail{0, static_cast<uint8_t>(pick(1, capacity)), Format::kBf16,
+                              static_cast<uint8_t>(capacity)};
+        shape.blocks.insert(shape.blocks.begin() + pick(0, static_cast<int>(shape.blocks.size())), tail);
+      }
       c.shapes.push_back(shape);
     }
     c.Fill(static_cast<uint32_t>(round));
@@ -264,7 +294,7 @@ TEST(AttentionOracle, RaggedBatchesOfMixedFormats) {
 // exponentials overflow.
 TEST(AttentionOracle, ExtremeLogits) {
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const Format format : {Format::kK2V2, Format::kK4V2, Format::kK4V4, Format::kBf16}) {
+    for (const Format format : kAllFormats) {
       for (const float size : {8.0f, 32.0f}) {
         Case c{.g = {1, 1, 128, codec}, .group = 4, .q_size = size, .k_size = size};
         c.shapes = {{1, Blocks(6, format, 9)}, {5, Blocks(2, format, 0)}};

@@ -78,7 +78,8 @@ TEST_P(KvCodecOracle, EncodesAndDecodesTheSameBits) {
   for (int round = 0; round < 600; ++round) {
     const KvGeometry g{1, 1, rng() % 2 == 0 ? 64 : 128, rng() % 2 == 0 ? Codec::kRotated : Codec::kPaper};
     const Format f = static_cast<Format>(rng() % kFormats);
-    const int tokens = round % 3 == 0 ? kBlockTokens : static_cast<int>(rng() % kBlockTokens) + 1;
+    const int capacity = kTailStep * (1 + static_cast<int>(rng() % 4)), room = RoomOf(f, capacity);
+    const int tokens = round % 3 == 0 ? room : static_cast<int>(rng() % static_cast<uint32_t>(room)) + 1;
     const int64_t row_stride = g.head_dim + static_cast<int64_t>(rng() % 3) * 17;
     const std::array<float, 4> ratios = {1.0f, 0.96f, 0.9f, kMinClip};
     const ClipRatios clip{ratios[rng() % 4], ratios[rng() % 4]};
@@ -89,15 +90,16 @@ TEST_P(KvCodecOracle, EncodesAndDecodesTheSameBits) {
       side.resize(static_cast<size_t>((tokens - 1) * row_stride + g.head_dim));
       for (size_t i = 0; i < side.size(); ++i) side[i] = values(static_cast<int>(i) % g.head_dim);
     }
-    std::vector<uint8_t> expected(static_cast<size_t>(HeadBytes(g, f)), 0x55), got(expected.size(), 0xaa);
-    EncodeBlockScalar(g, f, clip, x[0].data(), x[1].data(), row_stride, tokens, expected.data());
-    EncodeBlock(g, f, clip, x[0].data(), x[1].data(), row_stride, tokens, got.data());
+    std::vector<uint8_t> expected(static_cast<size_t>(HeadBytes(g, f, capacity)), 0x55),
+        got(expected.size(), 0xaa);
+    EncodeBlockScalar(g, f, clip, x[0].data(), x[1].data(), row_stride, tokens, expected.data(), capacity);
+    EncodeBlock(g, f, clip, x[0].data(), x[1].data(), row_stride, tokens, got.data(), capacity);
     ASSERT_EQ(got, expected) << Name(g.codec) << " " << Name(f) << ", head dim " << g.head_dim << ", tokens "
-                             << tokens << ", round " << round;
+                             << tokens << ", capacity " << capacity << ", round " << round;
     for (const Side side : {Side::kK, Side::kV}) {
       std::vector<float> a(static_cast<size_t>(tokens * g.head_dim)), b(a.size());
-      DecodeSideScalar(g, f, side, expected.data(), tokens, a.data());
-      DecodeSide(g, f, side, got.data(), tokens, b.data());
+      DecodeSideScalar(g, f, side, expected.data(), tokens, a.data(), capacity);
+      DecodeSide(g, f, side, got.data(), tokens, b.data(), capacity);
       ASSERT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0)
           << Name(g.codec) << " " << Name(f) << ", tokens " << tokens << ", round " << round;
     }

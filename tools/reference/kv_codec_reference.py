@@ -68,20 +68,43 @@ def quantize(x, axis_groups, bits, clip):
     return codes, scale, minimum
 
 
-def encode_side(codec, side, bits, clip, x, tokens, head_dim):
-    """Bytes of one side; x: [tokens, head_dim]."""
+# All E4M3 numbers that are not negative, by code; 0x7f is NaN.
+E4M3 = np.array([(c % 8) * 2.0**-9 if c < 8 else (8 + c % 8) * 2.0 ** (c // 8 - 10) for c in range(0x7F)])
+
+
+def quantize_fp8(x):
+    """x: [tokens, head_dim] sanitized. E4M3 codes uint8 and one float16 scale per token."""
+    scale = (np.abs(x).max(axis=1) / F32(448)).astype(np.float16)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale == 0, F32(0), F32(1) / scale.astype(F32)).astype(F32)
+    y = x * inverse[:, None]
+    assert y.dtype == F32
+    magnitude = np.minimum(np.abs(y), F32(448)).astype(float)
+    below = np.searchsorted(E4M3, magnitude, side="right") - 1
+    above = np.minimum(below + 1, 0x7E)
+    down, up = magnitude - E4M3[below], E4M3[above] - magnitude
+    codes = np.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
+    return (codes | np.where(np.signbit(y), 0x80, 0)).astype(np.uint8), scale
+
+
+def encode_side(codec, side, bits, clip, x, tokens, head_dim, capacity):
+    """Bytes of one side; x: [tokens, head_dim]; capacity is that of a BF16 block."""
     if bits == 16:
         word = x.view(np.uint32)
         rounded = (word.astype(np.uint64) + 0x7FFF + ((word >> 16) & 1)) >> 16
-        half = np.zeros((TOKENS, head_dim), dtype="<u2")
+        half = np.zeros((capacity, head_dim), dtype="<u2")
         half[:tokens] = np.where(np.isnan(x), (word >> 16) | 0x40, rounded)
         if side == "k":  # [channel pair][token][channel of the pair]
-            return half.reshape(TOKENS, head_dim // 2, 2).transpose(1, 0, 2).tobytes()
-        return half.reshape(TOKENS // 2, 2, head_dim).transpose(0, 2, 1).tobytes()  # [pair][channel][token]
+            return half.reshape(capacity, head_dim // 2, 2).transpose(1, 0, 2).tobytes()
+        return half.reshape(capacity // 2, 2, head_dim).transpose(0, 2, 1).tobytes()  # [pair][channel][token]
 
     x = np.where(np.isnan(x), F32(0), np.clip(x, F32(-65504), F32(65504))) + F32(0)
     codes = np.zeros((TOKENS, head_dim), dtype=np.uint8)
-    if codec == "rotated":
+    if bits == 8:  # of both codecs
+        codes[:tokens], s = quantize_fp8(x)
+        scale, minimum = np.zeros((2, TOKENS), dtype="<f2")
+        scale[:tokens] = s
+    elif codec == "rotated":
         codes[:tokens], s, m = quantize(x, 1, bits, clip if bits == 2 else 1.0)
         scale, minimum = np.zeros((2, TOKENS), dtype="<f2")
         scale[:tokens], minimum[:tokens] = s, m
@@ -109,7 +132,7 @@ def encode_side(codec, side, bits, clip, x, tokens, head_dim):
     return packed.astype(np.uint8).tobytes() + scale.tobytes() + minimum.tobytes()
 
 
-BITS = {"k2v2": (2, 2), "k4v2": (4, 2), "k4v4": (4, 4), "bf16": (16, 16)}
+BITS = {"k2v2": (2, 2), "k4v2": (4, 2), "k4v4": (4, 4), "bf16": (16, 16), "fp8": (8, 8)}
 
 
 def encode(case):
@@ -117,7 +140,8 @@ def encode(case):
     out = b""
     for i, side in enumerate("kv"):
         x = draw(case["distribution"], case["seed"] + i, tokens, head_dim)
-        out += encode_side(case["codec"], side, BITS[case["format"]][i], case["clip_" + side + "2"], x, tokens, head_dim)
+        out += encode_side(case["codec"], side, BITS[case["format"]][i], case["clip_" + side + "2"], x, tokens, head_dim,
+                           case.get("capacity", TOKENS))
     return out
 
 
@@ -146,18 +170,24 @@ def main():
         cases.append({**case, "size": len(data), **({"bytes": data.hex()} if whole else {"fnv1a64": fnv1a64(data)})})
 
     seed = 1
-    for head_dim in (64, 128):
-        for codec in ("rotated", "paper"):
-            for fmt in BITS:
-                base = dict(codec=codec, format=fmt, head_dim=head_dim)
-                seed += 2
-                add(head_dim == 64 and (fmt != "bf16" or codec == "paper"), **base, tokens=64, clip_k2=0.9,
-                    clip_v2=0.96, distribution="uniform", seed=seed)
-                for i, distribution in enumerate(
-                        ("outliers", "offset", "grid", "tiny", "huge", "constant", "zero", "bits")):
+    others = ("outliers", "offset", "grid", "tiny", "huge", "constant", "zero", "bits")
+    for formats in (("k2v2", "k4v2", "k4v4", "bf16"), ("fp8",)):
+        for head_dim in (64, 128):
+            for codec in ("rotated", "paper"):
+                for fmt in formats:
+                    base = dict(codec=codec, format=fmt, head_dim=head_dim)
                     seed += 2
-                    add(False, **base, tokens=(64, 1, 33, 64, 17, 63, 32, 50)[i], clip_k2=(1.0, 0.9, 0.5)[i % 3],
-                        clip_v2=(0.92, 1.0)[i % 2], distribution=distribution, seed=seed)
+                    add(head_dim == 64 and (fmt not in ("bf16", "fp8") or codec == "paper"), **base, tokens=64,
+                        clip_k2=0.9, clip_v2=0.96, distribution="uniform", seed=seed)
+                    for i, distribution in enumerate(others):
+                        seed += 2
+                        add(False, **base, tokens=(64, 1, 33, 64, 17, 63, 32, 50)[i], clip_k2=(1.0, 0.9, 0.5)[i % 3],
+                            clip_v2=(0.92, 1.0)[i % 2], distribution=distribution, seed=seed)
+    for head_dim in (64, 128):
+        for tokens, capacity in ((16, 16), (5, 16), (17, 32), (48, 48), (33, 64)):
+            seed += 2
+            add(False, codec="rotated", format="bf16", head_dim=head_dim, tokens=tokens, capacity=capacity, clip_k2=1.0,
+                clip_v2=1.0, distribution="bits" if tokens == 17 else "uniform", seed=seed)
     transforms = []
     for head_dim in (64, 128):
         for distribution in ("uniform", "outliers", "tiny"):
