@@ -125,15 +125,15 @@ double MixRatio(const KvGeometry& geometry, const std::array<int64_t, kFormats>&
   return bits > 0 ? 16 * total / bits : 0;
 }
 
-BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const Capacity& capacity,
-                 const KvGeometry& geometry) {
+BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const Policy& policy,
+                 const Capacity& capacity, const KvGeometry& geometry) {
   const auto total = static_cast<double>(tokens.size());
   const auto complete = tokens.size() - static_cast<size_t>(capacity.usage.tail_tokens);
   BitBudget budget;
   budget.base = EffectiveBits(geometry, Format::kK2V2);
   double complete_wishes = 0, all_wishes = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
-    const double bits = EffectiveBits(geometry, tokens[i].wish);
+    const double bits = EffectiveBits(geometry, policy.table[tokens[i].tag]);
     budget.more[ReasonOf(record.tags[i])] += (bits - budget.base) / total;
     all_wishes += bits / total;
     if (i < complete) complete_wishes += bits / total;
@@ -146,13 +146,11 @@ BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const
 
 Result<Capacity> Measure(const Record& record, const Policy& policy, const KvGeometry& geometry) {
   std::vector<KvToken> tokens;
-  for (const Tag& tag : record.tags) {
-    const auto index = static_cast<size_t>(tag.index());
-    tokens.push_back({static_cast<uint8_t>(index), policy.table[index]});
-  }
+  for (const Tag& tag : record.tags) tokens.push_back({{}, static_cast<uint8_t>(tag.index())});
   const auto blocks = static_cast<int64_t>(tokens.size()) / kBlockTokens + 2;
-  KvCache cache(geometry, 2 * blocks * UnitsOf(geometry, Format::kBf16));
-  const SequenceId id = cache.CreateSequence(policy.recent_window);
+  KvCache cache(geometry, 2 * blocks * UnitsOf(geometry, Format::kBf16),
+                ResolveNeeds(policy, geometry, /*two_bit_keys=*/true, /*budget_bits=*/0));
+  const SequenceId id = cache.CreateSequence();
   KvAppend append;
   for (size_t begin = 0; begin < tokens.size(); begin += kStepTokens) {
     const size_t count = std::min<size_t>(kStepTokens, tokens.size() - begin);
@@ -179,9 +177,9 @@ Result<Capacity> Measure(const Record& record, const Policy& policy, const KvGeo
   capacity.block_ratio = bf16(complete) / static_cast<double>(capacity.bytes - capacity.usage.tail_bytes);
   capacity.mix_ratio = MixRatio(geometry, mix);
   for (int64_t i = 0; i < complete; ++i)
-    ++capacity.wishes[static_cast<size_t>(tokens[static_cast<size_t>(i)].wish)];
+    ++capacity.wishes[static_cast<size_t>(policy.table[tokens[static_cast<size_t>(i)].tag])];
   capacity.wish_ratio = MixRatio(geometry, capacity.wishes);
-  capacity.bits = Budget(record, tokens, capacity, geometry);
+  capacity.bits = Budget(record, tokens, policy, capacity, geometry);
   return capacity;
 }
 

@@ -24,17 +24,21 @@ int Run(const Options& options) {
   const KvGeometry geometry = {1, 8, 128, Codec::kRotated};
   const auto sequences = static_cast<size_t>(options.sequences);
   const int64_t blocks = options.tokens / kBlockTokens + options.steps / kBlockTokens + 4;
-  KvCache cache(geometry, blocks * options.sequences * UnitsOf(geometry, Format::kK4V4));
+  KvCache cache(geometry, blocks * options.sequences * UnitsOf(geometry, Format::kK4V4),
+                TagNeeds::Uniform(Format::kK2V2));
+  KvBacking backing;
   const SchedulerLimits limits = {.max_running = options.sequences,
                                   .max_step_tokens = options.sequences + options.tokens};
-  Scheduler scheduler(limits, &cache, [](uint32_t, uint32_t, int) {});
+  Scheduler scheduler(limits, &cache, &backing);
   std::vector<std::unique_ptr<Sequence>> owned;
   for (size_t i = 0; i < sequences; ++i) {
     auto sequence = std::make_unique<Sequence>();
     sequence->id = static_cast<RequestId>(i) + 1;
     sequence->kv_tokens.reserve(static_cast<size_t>(options.tokens + options.steps) + 2);
     // Lengths spread over a block, so that in every step a few tails become full.
-    sequence->kv_tokens.assign(static_cast<size_t>(options.tokens) - i % kBlockTokens, {0, Format::kK2V2});
+    for (size_t t = 0; t < static_cast<size_t>(options.tokens) - i % kBlockTokens; ++t) {
+      sequence->kv_tokens.push_back({{t, i}, 0});  // nothing is shared
+    }
     scheduler.Enqueue(sequence.get());
     owned.push_back(std::move(sequence));
   }
@@ -43,13 +47,13 @@ int Run(const Options& options) {
   Step step;
   const auto add_token = [&] {
     for (const Step::Item& item : step.items) {
-      if (item.sequence->pending() == 0) item.sequence->kv_tokens.push_back({0, Format::kK2V2});
+      if (item.sequence->pending() == 0) item.sequence->kv_tokens.push_back({{item.sequence->kv_tokens.size(), 0}, 0});
     }
   };
   while (scheduler.running() < options.sequences || step.rows != options.sequences) {
     scheduler.MakePlan(&plan);
     scheduler.Commit(plan, &step);
-    cache.FinishStep();
+    scheduler.FinishStep();
     add_token();
     if (plan.rows.empty()) return fmt::print(stderr, "the sequences do not fit\n"), 1;
   }
@@ -66,7 +70,7 @@ int Run(const Options& options) {
     const Clock::time_point planned = Clock::now();
     scheduler.Commit(plan, &step);
     const Clock::time_point committed = Clock::now();
-    cache.FinishStep();
+    scheduler.FinishStep();
     const Clock::time_point finished = Clock::now();
     plan_us.push_back(microseconds(start, planned));
     commit_us.push_back(microseconds(planned, committed));

@@ -200,7 +200,7 @@ Status Fit(const Options& options) {
   bool fitting = true;
   // With the paper's codec attention reads queries and keys as they are: neither rotated nor equalized.
   ModelOptions plain_options{.precision = Precision::kF32, .codec = Codec::kPaper};
-  plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k) {
+  plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k, const float*) {
     if (!fitting) return;
     Energy& energy = energies[static_cast<size_t>(layer)];
     Energy::Add(q, rows * text.num_heads, text.head_dim, &energy.queries);

@@ -60,7 +60,7 @@ class BenchSequences {
     RETURN_IF_ERROR(Fill(memory.get()));
     std::unique_ptr<BenchSequences> bench(new BenchSequences(model, std::move(memory), formats));
     for (int s = 0; s < sequences; ++s) {
-      bench->ids_.push_back(bench->cache_.CreateSequence(0));
+      bench->ids_.push_back(bench->cache_.CreateSequence());
       // Lengths spread over a block, so that not all tails become full in one step.
       const int length = context - (context > kBlockTokens ? s * 37 % kBlockTokens : 0);
       if (length > 0) RETURN_IF_ERROR(bench->Append(static_cast<size_t>(s), length, false));
@@ -93,7 +93,7 @@ class BenchSequences {
   BenchSequences(Model* model, std::unique_ptr<KvMemory> memory, std::vector<Format> formats)
       : model_(model),
         memory_(std::move(memory)),
-        cache_(memory_->geometry(), memory_->total_rows()),
+        cache_(memory_->geometry(), memory_->total_rows(), TagNeeds::ByIndex()),
         formats_(std::move(formats)) {}
 
   // Small BF16 numbers, which are finite as FP16 metadata too.
@@ -133,7 +133,7 @@ class BenchSequences {
     std::vector<KvToken> kv_tokens;
     for (int32_t t = length; t < length + count; ++t) {
       const size_t block = std::min(static_cast<size_t>(t / kBlockTokens), formats_.size() - 1);
-      kv_tokens.push_back({0, formats_[block]});
+      kv_tokens.push_back({{}, static_cast<uint8_t>(formats_[block])});
     }
     RETURN_IF_ERROR(cache_.Append(id, kv_tokens, &append_));
     if (!run) return OkStatus();

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <numeric>
 
 #include "apps/commands.h"
 #include "apps/demo_page.h"
@@ -37,6 +38,7 @@ Result<PlayResult> PlayPolicy(const DemoFlags& flags, const std::vector<Trajecto
   play.model = model.name;
   play.label = policy;
   play.in_flight = flags.in_flight;
+  const Engine* running = engine.get();  // the server's from here on
   ApiOptions api;
   api.http.host = play.host;
   api.http.port = 0;
@@ -45,27 +47,41 @@ Result<PlayResult> PlayPolicy(const DemoFlags& flags, const std::vector<Trajecto
   play.port = server->port();
   spdlog::info("policy {}: playing against http://{}:{}/v1", policy, play.host, play.port);
   Result<PlayResult> result = Play(trajectories, play);
+  if (result.ok()) {
+    const EngineSnapshot snapshot = running->Snapshot();
+    result->cached_tokens = snapshot.prefix_hits;
+    result->evictions = snapshot.evictions;
+    result->preemptions = snapshot.preemptions;
+    for (const auto& from : snapshot.demotions) {
+      for (const auto& to : from)
+        result->demotions = std::accumulate(to.begin(), to.end(), result->demotions);
+    }
+  }
   server->Shutdown(0);
   return result;
 }
 
 void PrintTable(const std::vector<DemoRun>& runs, const KvGeometry& geometry) {
-  Table table({"policy", "steps right", "sessions right", "prompt tokens", "KV bytes/step", "bits/element",
-               "capacity", "tokens/s", "time"},
-              {false, true, true, true, true, true, true, true, true});
+  Table table({"policy", "steps right", "sessions right", "prompt tokens", "cached", "KV bytes/step",
+               "bits/element", "capacity", "demoted", "preempted", "tokens/s", "time"},
+              {false, true, true, true, true, true, true, true, true, true, true, true});
   for (const DemoRun& run : runs) {
     const PlayResult& r = run.result;
     table.Add({Bold(run.policy.name), Count(r.right) + " / " + Count(r.asked),
                std::to_string(r.conversations_right) + " / " + std::to_string(r.conversations),
-               Count(r.prompt_tokens), Bytes(static_cast<double>(r.kv_bytes) / std::max(1, r.asked)),
+               Count(r.prompt_tokens), Count(r.cached_tokens),
+               Bytes(static_cast<double>(r.kv_bytes) / std::max(1, r.asked)),
                Fixed(EffectiveBits(r, geometry), 2), Fixed(CapacityRatio(r, geometry), 2) + "x",
+               Count(r.demotions), Count(r.preemptions),
                Fixed(static_cast<double>(r.completion_tokens) / std::max(1e-9, r.seconds), 1),
                Fixed(r.seconds, 1) + " s"});
   }
   std::puts("");
   table.Print();
   std::puts(
-      "\nA step is right if its tool call (name and every argument) or its text equals the recorded one. KV "
+      "\nCached: tokens of prompts whose keys and values were there already. Demoted: blocks that were "
+      "re-quantized.\nA step is right if its tool call (name and every argument) or its text equals the "
+      "recorded one. KV "
       "bytes "
       "count whole\nblocks, metadata and the BF16 tail block included; capacity compares them with BF16 for "
       "exactly the stored tokens.\nTokens/s are generated tokens over wall time, in which the prompts were "
@@ -95,7 +111,7 @@ Status RunDemo(const DemoFlags& flags) {
   }
   for (size_t i = 0; i < runs.size(); ++i) {
     ASSIGN_OR_RETURN(runs[i].result, PlayPolicy(flags, trajectories, flags.policies[i]));
-    runs[i].wishes = WishesOf(runs[i].policy, geometry, calibration, flags.model.load_format == "dummy");
+    runs[i].needs = NeedsOf(runs[i].policy, geometry, calibration, flags.model.load_format == "dummy", 0);
   }
   if (flags.json) {
     Json json = Json::array();

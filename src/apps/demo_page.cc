@@ -54,19 +54,19 @@ Json RunJson(const DemoRun& run, const KvGeometry& geometry) {
           {"kv_bytes_per_step", static_cast<double>(r.kv_bytes) / std::max(1, r.asked)},
           {"effective_bits", EffectiveBits(r, geometry)},
           {"capacity_ratio", CapacityRatio(r, geometry)},
+          {"cached_tokens", r.cached_tokens},
+          {"demotions", r.demotions},
+          {"evictions", r.evictions},
+          {"preemptions", r.preemptions},
           {"seconds", r.seconds}};
 }
 
-KvMap MapTokens(const std::vector<Tag>& tags, const std::array<Format, kTags>& wishes, int recent_window,
-                const KvGeometry& geometry) {
+KvMap MapTokens(const std::vector<Tag>& tags, const TagNeeds& needs, const KvGeometry& geometry) {
   std::vector<KvToken> tokens;
-  for (const Tag& tag : tags) {
-    const auto index = static_cast<size_t>(tag.index());
-    tokens.push_back({static_cast<uint8_t>(index), wishes[index]});
-  }
+  for (const Tag& tag : tags) tokens.push_back({{}, static_cast<uint8_t>(tag.index())});
   const int64_t blocks = static_cast<int64_t>(tokens.size()) / kBlockTokens + 2;
-  KvCache cache(geometry, 2 * blocks * UnitsOf(geometry, Format::kBf16));
-  const SequenceId id = cache.CreateSequence(recent_window);
+  KvCache cache(geometry, 2 * blocks * UnitsOf(geometry, Format::kBf16), needs);
+  const SequenceId id = cache.CreateSequence();
   KvAppend append;
   for (size_t begin = 0; begin < tokens.size(); begin += kBlockTokens) {
     const size_t count = std::min<size_t>(kBlockTokens, tokens.size() - begin);
@@ -99,7 +99,7 @@ Result<std::string> DemoPage(const ServedModel& model, const KvGeometry& geometr
   }
   for (const DemoRun& run : runs) {
     data["runs"].push_back(RunJson(run, geometry));
-    data["maps"].push_back(MapJson(MapTokens(tags, run.wishes, run.policy.recent_window, geometry)));
+    data["maps"].push_back(MapJson(MapTokens(tags, run.needs, geometry)));
   }
   for (const int32_t token : prompt.tokens)
     data["tokens"].push_back(std::string(model.tokenizer->TokenBytes(token)));

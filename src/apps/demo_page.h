@@ -17,7 +17,7 @@ namespace triaxial {
 // One policy's run of the demo.
 struct DemoRun {
   Policy policy;
-  std::array<Format, kTags> wishes{};  // what the engine made of the policy
+  TagNeeds needs;  // what the engine made of the policy
   PlayResult result;
 };
 
@@ -33,8 +33,7 @@ struct KvMap {
   std::vector<Format> blocks;
   KvUsage usage;
 };
-KvMap MapTokens(const std::vector<Tag>& tags, const std::array<Format, kTags>& wishes, int recent_window,
-                const KvGeometry& geometry);
+KvMap MapTokens(const std::vector<Tag>& tags, const TagNeeds& needs, const KvGeometry& geometry);
 
 // A self-contained page: the runs as a table, and the last request of `trajectory` token by token under each
 // policy.

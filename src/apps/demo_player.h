@@ -24,6 +24,11 @@ struct PlayResult {
   int64_t kv_bytes = 0;
   std::array<int64_t, kFormats> kv_tokens{};
   double seconds = 0;
+  // What the server did to its cache meanwhile, of all requests.
+  int64_t cached_tokens = 0;  // of prompts, found in the cache
+  int64_t demotions = 0;      // blocks re-quantized because they grew older, for memory or for the budget
+  int64_t evictions = 0;
+  int64_t preemptions = 0;
 
   int64_t stored_tokens() const;
 };

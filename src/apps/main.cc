@@ -16,7 +16,8 @@ int main(int argc, char** argv) {
       {"serve", triaxial::AddServe(&app)},   {"generate", triaxial::AddGenerate(&app)},
       {"tag", triaxial::AddTag(&app)},       {"inspect", triaxial::AddInspect(&app)},
       {"policy", triaxial::AddPolicy(&app)}, {"demo", triaxial::AddDemo(&app)},
-      {"bench", triaxial::AddBench(&app)},   {"replay", triaxial::AddReplay(&app)},
+      {"bench", triaxial::AddBench(&app)},   {"calibrate", triaxial::AddCalibrate(&app)},
+      {"replay", triaxial::AddReplay(&app)},
   };
   try {
     app.parse(argc, argv);

@@ -74,16 +74,22 @@ Command AddTag(CLI::App* app) {
                                  model.config.text.head_dim,
                                  flags->model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated};
     const std::vector<Tag> tags = TagTokens(prompt.spans, tokens);
-    std::vector<Format> wishes;
-    for (const Tag& tag : tags) wishes.push_back(policy.FormatOf(tag));
+    const TagNeeds needs = ResolveNeeds(policy, geometry, /*two_bit_keys=*/true, /*budget_bits=*/0);
+    std::vector<uint8_t> indices;
+    for (const Tag& tag : tags) indices.push_back(static_cast<uint8_t>(tag.index()));
+    const auto wish_of = [&](const Tag& tag) {
+      return FormatOfTag(needs, geometry, static_cast<uint8_t>(tag.index()));
+    };
     std::vector<Format> blocks;
     int64_t bytes = 0;
     for (int32_t begin = 0; begin < tokens; begin += kBlockTokens) {
       const bool tail = begin + kBlockTokens > tokens || begin + kBlockTokens > tokens - policy.recent_window;
-      blocks.push_back(
-          tail ? Format::kBf16
-               : BlockFormat(std::span(wishes).subspan(static_cast<size_t>(begin), kBlockTokens)));
-      bytes += BlockBytes(geometry, blocks.back());
+      const auto of_block = std::span(indices).subspan(
+          static_cast<size_t>(begin), static_cast<size_t>(std::min(kBlockTokens, tokens - begin)));
+      blocks.push_back(tail ? Format::kBf16
+                            : Choose(needs, NeedOf(needs, of_block, begin == 0), geometry, needs.rest_price));
+      const int64_t steps = (static_cast<int64_t>(of_block.size()) + kTailStep - 1) / kTailStep;
+      bytes += BlockBytes(geometry, blocks.back()) * steps * kTailStep / kBlockTokens;
     }
     const double bits = 8.0 * static_cast<double>(bytes) /
                         std::max<double>(1.0, static_cast<double>(tokens) * 2.0 * geometry.num_layers *
@@ -100,7 +106,7 @@ Command AddTag(CLI::App* app) {
                                  {"message", span.message},
                                  {"turn", span.turn},
                                  {"tag", Name(tag)},
-                                 {"wish", std::string(Name(policy.FormatOf(tag)))}});
+                                 {"wish", std::string(Name(wish_of(tag)))}});
       }
       for (size_t b = 0; b < blocks.size(); ++b) {
         const auto begin = static_cast<int32_t>(b) * kBlockTokens;
@@ -115,7 +121,7 @@ Command AddTag(CLI::App* app) {
                 {true, true, false, false, false, false});
     for (const TagSpan& span : prompt.spans) {
       const Tag& tag = tags[static_cast<size_t>(span.begin)];
-      const Format wish = policy.FormatOf(tag);
+      const Format wish = wish_of(tag);
       std::string stored;
       for (const Format format : FormatsOf(blocks, span.begin, span.end))
         stored += (stored.empty() ? "" : " ") + Paint(format, Name(format));

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -81,6 +82,38 @@ void Table::Print() const {
     }
     std::puts(line.c_str());
   }
+}
+
+ProgressBar::ProgressBar(std::string what)
+    : what_(std::move(what)), start_(std::chrono::steady_clock::now()) {}
+
+void ProgressBar::Update(double fraction) {
+  constexpr int kCells = 30;
+  static const bool terminal = isatty(STDERR_FILENO) != 0;
+  if (first_ < 0) first_ = fraction;
+  const int steps = terminal ? 1000 : 10;
+  const int step = static_cast<int>(fraction * steps);
+  if (step == shown_) return;
+  shown_ = step;
+  const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start_;
+  std::string left;
+  if (fraction - first_ > 0.01) {
+    const auto seconds = static_cast<int>(spent.count() * (1 - fraction) / (fraction - first_) + 0.5);
+    left = ", " + std::to_string(seconds / 60) + ":" + (seconds % 60 < 10 ? "0" : "") +
+           std::to_string(seconds % 60) + " left";
+  }
+  const auto filled = static_cast<size_t>(std::min(1.0, fraction) * kCells);
+  const std::string bar = "[" + std::string(filled, '#') + std::string(kCells - filled, '.') + "]";
+  std::fprintf(stderr, "%s%s %s %3.0f%%%s%s", terminal ? "\r\x1b[2K" : "", what_.c_str(), bar.c_str(),
+               100 * fraction, left.c_str(), terminal ? "" : "\n");
+  std::fflush(stderr);
+  drawn_ = terminal;
+}
+
+void ProgressBar::Clear() {
+  if (drawn_) std::fputs("\r\x1b[2K", stderr);
+  drawn_ = false;
+  shown_ = -1;
 }
 
 std::string Fixed(double value, int decimals) {

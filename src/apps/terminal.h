@@ -2,6 +2,7 @@
 #ifndef TRIAXIAL_APPS_TERMINAL_H_
 #define TRIAXIAL_APPS_TERMINAL_H_
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -30,6 +31,23 @@ class Table {
  private:
   std::vector<std::vector<std::string>> rows_;
   std::vector<bool> right_;
+};
+
+// A bar with the time that is left, on stderr; on a terminal it is redrawn in place, elsewhere a line appears
+// at every tenth of the work.
+class ProgressBar {
+ public:
+  explicit ProgressBar(std::string what);
+  ~ProgressBar() { Clear(); }
+  void Update(double fraction);
+  void Clear();  // before something else is printed
+
+ private:
+  std::string what_;
+  std::chrono::steady_clock::time_point start_;
+  double first_ = -1;  // fraction that was done at the start
+  int shown_ = -1;
+  bool drawn_ = false;
 };
 
 std::string Bytes(double bytes);  // "1.5 MiB"

@@ -19,13 +19,13 @@ namespace {
 
 class EngineImpl : public Engine {
  public:
-  EngineImpl(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory, EngineContext context,
-             const EngineOptions& options)
+  EngineImpl(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
+             std::unique_ptr<BlockStore> store, EngineContext context, const EngineOptions& options)
       : context_(std::move(context)),
         seed_(options.seed != 0 ? options.seed
                                 : static_cast<uint64_t>(Clock::now().time_since_epoch().count())),
         mailbox_(options.max_queued),
-        loop_(std::move(model), std::move(memory), context_, options, &mailbox_),
+        loop_(std::move(model), std::move(memory), std::move(store), context_, options, &mailbox_),
         // The number of compute threads belongs to the thread that set it; now another one computes.
         thread_([this, threads = ComputeThreads()] {
           SetComputeThreads(threads);
@@ -41,6 +41,10 @@ class EngineImpl : public Engine {
     const Clock::time_point now = Clock::now();
     ASSIGN_OR_RETURN(std::unique_ptr<RequestState> state, PrepareRequest(std::move(request), context_));
     state->submitted = now;
+    if (state->request.timeout_seconds > 0) {
+      state->deadline = now + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+                                  std::min(state->request.timeout_seconds, 1e6)));
+    }
     const SamplingParams& sampling = state->request.sampling;
     state->seed = sampling.has_seed ? sampling.seed : seed_ + next_seed_++;
     return mailbox_.Submit(std::move(state));
@@ -53,6 +57,11 @@ class EngineImpl : public Engine {
     if (mailbox_.WaitUntilIdle(seconds)) return;
     mailbox_.CancelAll();
     mailbox_.WaitUntilIdle(std::numeric_limits<int32_t>::max());
+  }
+
+  Status CheckIntegrity() override {
+    if (std::this_thread::get_id() == thread_.get_id()) return loop_.CheckIntegrity();
+    return mailbox_.Check().get();
   }
 
   std::vector<KvBlock> InspectBlocks(RequestId id) override {
@@ -130,9 +139,18 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> model,
                             : DefaultKvMemory(*model, context.max_model_len, options.max_running);
   ASSIGN_OR_RETURN(std::unique_ptr<KvMemory> memory, model->AllocateKv(bytes));
   context.total_rows = memory->total_rows();
-  context.wishes = WishesOf(options.policy, context.geometry, model->calibration(), model->dummy_weights());
+  context.needs = NeedsOf(options.policy, context.geometry, model->calibration(), model->dummy_weights(),
+                          options.kv_budget_bits);
+  std::unique_ptr<BlockStore> store;
+  if (options.store.host_bytes > 0 || !options.store.disk_dir.empty()) {
+    BlockStoreOptions store_options = options.store;
+    store_options.fingerprint += fmt::format(
+        ";layout={};codec={};layers={};heads={};dim={}", memory->layout(), Name(context.geometry.codec),
+        context.geometry.num_layers, context.geometry.num_kv_heads, context.geometry.head_dim);
+    ASSIGN_OR_RETURN(store, BlockStore::Open(store_options));
+  }
   return std::unique_ptr<Engine>(
-      new EngineImpl(std::move(model), std::move(memory), std::move(context), options));
+      new EngineImpl(std::move(model), std::move(memory), std::move(store), std::move(context), options));
 }
 
 }  // namespace triaxial

@@ -29,9 +29,12 @@ struct EngineOptions {
   int32_t max_running = 64;       // sequences decoded together
   int32_t max_step_tokens = 512;  // rows of a step: decode rows first, the rest is prefill
   double kv_budget_bits = 0;      // of a priced policy: effective bits at rest; 0: the policy's own
-  BlockStoreOptions store;        // where idle blocks sleep; its fingerprint is the engine's to fill in
-  int32_t max_queued = 256;       // waiting requests; more are refused with ResourceExhausted
-  uint64_t seed = 0;              // of requests without one; 0: from the clock
+  // Where idle blocks sleep. Its fingerprint names checkpoint and calibration; the engine adds codec and
+  // layout.
+  BlockStoreOptions store;
+  bool check_when_idle = false;  // KvCache::CheckIntegrity whenever nothing runs; it costs milliseconds
+  int32_t max_queued = 256;      // waiting requests; more are refused with ResourceExhausted
+  uint64_t seed = 0;             // of requests without one; 0: from the clock
 };
 
 // Everything that metrics and pages want to know, copied at the end of a step.
@@ -84,6 +87,9 @@ class Engine {
   // Per block of a running or recently finished request: position, tokens, need, format, users, history.
   // Thread-safe; empty for unknown ids.
   virtual std::vector<KvBlock> InspectBlocks(RequestId id) = 0;
+  // Counts the cache again between two steps. A violation is reported and counted; then nothing cached is
+  // found any more, and what runs goes on. Thread-safe.
+  virtual Status CheckIntegrity() = 0;
 };
 
 }  // namespace triaxial

@@ -20,25 +20,30 @@ double Seconds(Clock::time_point from, Clock::time_point to) {
 }  // namespace
 
 EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-                       const EngineContext& context, const EngineOptions& options, Mailbox* mailbox)
+                       std::unique_ptr<BlockStore> store, const EngineContext& context,
+                       const EngineOptions& options, Mailbox* mailbox)
     : context_(context),
       mailbox_(mailbox),
       model_(std::move(model)),
       memory_(std::move(memory)),
-      cache_(context.geometry, memory_->total_rows()),
-      scheduler_({options.max_running, options.max_step_tokens, context.policy.recent_window}, &cache_,
-                 [this](uint32_t from, uint32_t to, int rows) { memory_->Move(from, to, rows); }),
-      executor_(model_.get(), memory_.get(), context.preprocessor) {}
+      store_(std::move(store)),
+      backing_(memory_.get(), store_.get()),
+      cache_(context.geometry, memory_->total_rows(), context.needs),
+      scheduler_({options.max_running, options.max_step_tokens}, &cache_, &backing_),
+      executor_(model_.get(), memory_.get(), context.preprocessor),
+      check_when_idle_(options.check_when_idle) {}
 
 void EngineLoop::Run() {
   while (true) {
     if (mailbox_->has_mail()) TakeMail();
     if (scheduler_.idle()) {
-      CheckIdleCache();
+      if (check_when_idle_)
+        CHECK(CheckIntegrity().ok() && cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
       PublishSnapshot();
-      if (!mailbox_->Wait()) return;
+      if (!mailbox_->Wait()) return SaveSessions();
       continue;
     }
+    if (may_be_late_) FailLate();
     RunStep();
     RemoveFinished();
     PublishSnapshot();
@@ -50,6 +55,7 @@ void EngineLoop::TakeMail() {
   for (std::unique_ptr<RequestState>& request : mail_.submitted) {
     scheduler_.Enqueue(request.get());
     const RequestId id = request->id;
+    may_be_late_ = may_be_late_ || request->deadline != Clock::time_point::max();
     requests_.emplace(id, std::move(request));
   }
   const auto cancel = [this](RequestState* request) {
@@ -63,6 +69,8 @@ void EngineLoop::TakeMail() {
   }
   RemoveFinished();
   for (Inspection& inspection : mail_.inspections) inspection.blocks.set_value(BlocksOf(inspection.id));
+  for (std::promise<Status>& check : mail_.checks) check.set_value(CheckIntegrity());
+  mail_.checks.clear();
   mail_.submitted.clear();
   mail_.cancelled.clear();
   mail_.inspections.clear();
@@ -75,8 +83,8 @@ void EngineLoop::RunStep() {
     if (!EncodeImages()) return;
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
-    if (!step_.items.empty()) executor_.Run(step_);
-    cache_.FinishStep();
+    if (!step_.empty()) executor_.Run(step_);
+    scheduler_.FinishStep();
     ++steps_;
     for (size_t i = 0; i < step_.items.size(); ++i) TakeToken(i);
   } catch (const std::exception& e) {
@@ -91,9 +99,9 @@ void EngineLoop::RunStep() {
 bool EngineLoop::EncodeImages() {
   for (const Plan::Rows& rows : plan_.rows) {
     auto* request = static_cast<RequestState*>(rows.sequence);
-    if (request->computed >= request->prompt_tokens) continue;
+    if (rows.begin >= request->prompt_tokens) continue;
     try {
-      executor_.EncodeImages(request, rows.count);
+      executor_.EncodeImages(request, rows.begin, rows.count);
     } catch (const std::exception& e) {
       Finish(request, FinishReason::kError,
              Internal(fmt::format("an image of the request could not be encoded: {}", e.what())));
@@ -104,12 +112,35 @@ bool EngineLoop::EncodeImages() {
 }
 
 void EngineLoop::NoteAdmissions() {
-  for (const Step::Item& item : step_.items) {
-    auto* request = static_cast<RequestState*>(item.sequence);
-    if (std::exchange(request->started, true)) continue;
+  for (const Plan::Rows& rows : plan_.rows) {
+    auto* request = static_cast<RequestState*>(rows.sequence);
+    if (request->cache_id == 0 || std::exchange(request->started, true)) continue;
     request->admitted = Clock::now();
+    request->first_step = cache_.step();
+    prefix_queries_ += request->prompt_tokens;
+    prefix_hits_ += request->cached_tokens;
     mailbox_->LeaveQueue();
   }
+}
+
+// Those whose time is up, wherever they are.
+void EngineLoop::FailLate() {
+  const Clock::time_point now = Clock::now();
+  may_be_late_ = false;
+  for (auto& [id, request] : requests_) {
+    if (request->finished || request->deadline == Clock::time_point::max()) continue;
+    if (request->deadline > now) {
+      may_be_late_ = true;
+      continue;
+    }
+    Finish(request.get(), FinishReason::kError,
+           DeadlineExceeded(fmt::format(
+               "the request took longer than the {} s that it allows: {} of {} prompt "
+               "tokens and {} output tokens were done; allow more, or send it again",
+               request->request.timeout_seconds, std::min(request->computed, request->prompt_tokens),
+               request->prompt_tokens, request->output_tokens())));
+  }
+  RemoveFinished();
 }
 
 // Samples the next token of a sequence if the step reached its last one.
@@ -138,7 +169,7 @@ void EngineLoop::TakeToken(size_t item) {
   const Tag tag{Temporal::kCurrent, Modal::kText, request->tagger.Next(sampled.token)};
   const auto index = static_cast<size_t>(tag.index());
   request->tokens.push_back(sampled.token);
-  request->kv_tokens.push_back({static_cast<uint8_t>(index), context_.wishes[index]});
+  request->kv_tokens.push_back({ContentId::OfToken(sampled.token), static_cast<uint8_t>(index)});
   request->history.Add(sampled.token);
 
   event.id = request->id;
@@ -159,12 +190,13 @@ void EngineLoop::TakeToken(size_t item) {
 // Whatever the kernels left behind belongs to the step's sequences: they fail, the others go on.
 void EngineLoop::FailStep(std::string_view what) {
   spdlog::error("a step failed: {}", what);
-  cache_.FinishStep();
-  for (const Plan::Rows& rows : plan_.rows) {
-    auto* request = static_cast<RequestState*>(rows.sequence);
-    if (request->finished) continue;
+  const auto fail = [&](Sequence* sequence) {
+    auto* request = static_cast<RequestState*>(sequence);
+    if (request->finished) return;
     Finish(request, FinishReason::kError, Internal(fmt::format("the step of this request failed: {}", what)));
-  }
+  };
+  for (Sequence* sequence : scheduler_.AbortStep()) fail(sequence);
+  for (const Plan::Rows& rows : plan_.rows) fail(rows.sequence);
 }
 
 void EngineLoop::FailForMemory(RequestState* request) {
@@ -187,6 +219,11 @@ void EngineLoop::Finish(RequestState* request, FinishReason reason, Status error
 void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
   event.id = request->id;
   event.stats = StatsOf(*request);
+  if (request->cache_id != 0) {
+    constexpr size_t kRemembered = 256;
+    if (recent_.size() == kRemembered) recent_.pop_front();
+    recent_.emplace_back(request->id, cache_.Handles(request->cache_id));
+  }
   scheduler_.Remove(request);
   if (!request->started) mailbox_->LeaveQueue();
   request->finished = true;
@@ -214,7 +251,15 @@ RequestStats EngineLoop::StatsOf(const RequestState& request) const {
   RequestStats stats;
   stats.prompt_tokens = request.prompt_tokens;
   stats.completion_tokens = request.output_tokens();
-  if (request.cache_id != 0) stats.kv = cache_.Usage(request.cache_id);
+  stats.cached_tokens = request.cached_tokens;
+  if (request.cache_id != 0) {
+    stats.kv = cache_.Usage(request.cache_id);
+    for (const KvBlock* block : cache_.Blocks(request.cache_id)) {
+      stats.demotions += static_cast<int32_t>(
+          std::count_if(block->history.begin(), block->history.end(),
+                        [&](const KvChange& change) { return change.step >= request.first_step; }));
+    }
+  }
   stats.effective_bits = stats.kv.effective_bits(context_.geometry);
   stats.queue_seconds = Seconds(request.submitted, request.started ? request.admitted : now);
   stats.ttft_seconds = request.output_tokens() > 0 ? Seconds(request.submitted, request.first_token) : 0;
@@ -224,16 +269,40 @@ RequestStats EngineLoop::StatsOf(const RequestState& request) const {
 
 std::vector<KvBlock> EngineLoop::BlocksOf(RequestId id) const {
   std::vector<KvBlock> blocks;
-  const auto it = requests_.find(id);
-  if (it == requests_.end() || it->second->cache_id == 0) return blocks;
-  for (const KvBlock* block : cache_.Blocks(it->second->cache_id)) blocks.push_back(*block);
+  const auto running = requests_.find(id);
+  if (running != requests_.end() && running->second->cache_id != 0) {
+    for (const KvBlock* block : cache_.Blocks(running->second->cache_id)) blocks.push_back(*block);
+    return blocks;
+  }
+  const auto finished =
+      std::find_if(recent_.begin(), recent_.end(), [id](const auto& r) { return r.first == id; });
+  if (finished == recent_.end()) return blocks;
+  for (const BlockHandle& handle : finished->second) {
+    if (const KvBlock* block = cache_.Block(handle)) blocks.push_back(*block);
+  }
   return blocks;
 }
 
-void EngineLoop::CheckIdleCache() const {
-  const Status integrity = cache_.CheckIntegrity();
-  if (!integrity.ok()) spdlog::critical("the KV cache lost track of its blocks: {}", integrity.message());
-  CHECK(integrity.ok() && cache_.free_rows() == cache_.total_rows());
+Status EngineLoop::CheckIntegrity() {
+  Status integrity = cache_.CheckIntegrity();
+  if (integrity.ok()) return integrity;
+  ++integrity_errors_;
+  spdlog::critical("the KV cache lost track of its blocks, and forgets what nobody uses: {}",
+                   integrity.message());
+  cache_.DropCached();
+  return integrity;
+}
+
+// What nobody uses goes to sleep, for a server to come.
+void EngineLoop::SaveSessions() {
+  if (store_ == nullptr) return;
+  cache_.SleepAll([this](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
+    backing_.Sleep(block, key, parent);
+  });
+  const Status saved = store_->Save();
+  const BlockStoreStats stats = store_->Stats();
+  if (!saved.ok()) spdlog::warn("sessions could not all be saved: {}", saved.message());
+  spdlog::info("{} blocks sleep on disk, {} bytes", stats.disk_blocks, stats.disk_bytes);
 }
 
 void EngineLoop::PublishSnapshot() {
@@ -243,8 +312,16 @@ void EngineLoop::PublishSnapshot() {
   snapshot_.kv = cache_.Usage();
   snapshot_.tokens_by_tag = cache_.TokensByTag();
   snapshot_.effective_bits = snapshot_.kv.effective_bits(context_.geometry);
-  snapshot_.kv_usage =
-      1.0 - static_cast<double>(cache_.free_rows()) / static_cast<double>(cache_.total_rows());
+  snapshot_.kv_usage = 1.0 - static_cast<double>(cache_.free_rows() + cache_.cached_rows()) /
+                                 static_cast<double>(cache_.total_rows());
+  snapshot_.prefix_queries = prefix_queries_;
+  snapshot_.prefix_hits = prefix_hits_;
+  snapshot_.cached_tokens = cache_.cached_tokens();
+  snapshot_.price = cache_.price();
+  snapshot_.demotions = cache_.demotions();
+  snapshot_.evictions = cache_.evictions();
+  snapshot_.integrity_errors = integrity_errors_;
+  if (store_ != nullptr) snapshot_.store = store_->Stats();
   snapshot_.preemptions = scheduler_.preemptions();
   snapshot_.prompt_tokens = prompt_tokens_;
   snapshot_.generation_tokens = generation_tokens_;

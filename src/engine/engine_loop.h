@@ -2,6 +2,7 @@
 #ifndef TRIAXIAL_ENGINE_ENGINE_LOOP_H_
 #define TRIAXIAL_ENGINE_ENGINE_LOOP_H_
 
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string_view>
@@ -10,6 +11,7 @@
 
 #include "engine/engine.h"
 #include "engine/executor.h"
+#include "engine/kv_backing.h"
 #include "engine/mailbox.h"
 #include "engine/prepare.h"
 #include "engine/sampler.h"
@@ -22,8 +24,10 @@ namespace triaxial {
 class EngineLoop {
  public:
   // `context` and `mailbox` must outlive it.
-  EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory, const EngineContext& context,
-             const EngineOptions& options, Mailbox* mailbox);
+  // `store` may be null.
+  EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
+             std::unique_ptr<BlockStore> store, const EngineContext& context, const EngineOptions& options,
+             Mailbox* mailbox);
 
   // Until the mailbox is stopped; then all requests have had their last event.
   void Run();
@@ -32,12 +36,15 @@ class EngineLoop {
   EngineSnapshot Snapshot() const;
   // Only on the engine thread.
   std::vector<KvBlock> BlocksOf(RequestId id) const;
+  Status CheckIntegrity();
 
  private:
   void TakeMail();
   void RunStep();
   bool EncodeImages();
   void NoteAdmissions();
+  void FailLate();
+  void SaveSessions();
   void TakeToken(size_t item);
   void FailStep(std::string_view what);
   void FailForMemory(RequestState* request);
@@ -46,24 +53,32 @@ class EngineLoop {
   void Send(RequestState* request, TokenEvent&& event);
   void RemoveFinished();
   RequestStats StatsOf(const RequestState& request) const;
-  void CheckIdleCache() const;
   void PublishSnapshot();
 
   const EngineContext& context_;
   Mailbox* mailbox_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<KvMemory> memory_;
+  std::unique_ptr<BlockStore> store_;
+  MemoryBacking backing_;
   KvCache cache_;
   Scheduler scheduler_;
   Executor executor_;
   Sampler sampler_;
   std::unordered_map<RequestId, std::unique_ptr<RequestState>> requests_;
   std::vector<RequestId> finished_;  // to be removed from requests_
-  Mail mail_;                        // these three keep their memory between steps
+  // Blocks of requests that finished lately, for those who ask.
+  std::deque<std::pair<RequestId, std::vector<BlockHandle>>> recent_;
+  Mail mail_;  // these three keep their memory between steps
   Plan plan_;
   Step step_;
 
+  const bool check_when_idle_;
+  bool may_be_late_ = false;  // some request has a deadline
   int64_t prompt_tokens_ = 0;
+  int64_t prefix_queries_ = 0;
+  int64_t prefix_hits_ = 0;
+  int64_t integrity_errors_ = 0;
   int64_t generation_tokens_ = 0;
   int64_t steps_ = 0;
 

@@ -295,12 +295,20 @@ TEST(Engine, ShowsTheBlocksOfARunningRequest) {
   EXPECT_EQ(blocks[3].format, Format::kBf16);
   EXPECT_EQ(blocks[3].tokens, 8);
   EXPECT_EQ(blocks[1].position, 64);
-  EXPECT_EQ(Tag::FromIndex(blocks[1].token[5].tag), (Tag{Temporal::kM1, Modal::kText, Semantic::kObs}));
-  EXPECT_EQ(Tag::FromIndex(blocks[3].token[0].tag), (Tag{Temporal::kCurrent, Modal::kText, Semantic::kUser}));
+  EXPECT_EQ(Tag::FromIndex(blocks[1].tags[5]), (Tag{Temporal::kM1, Modal::kText, Semantic::kObs}));
+  EXPECT_EQ(Tag::FromIndex(blocks[3].tags[0]), (Tag{Temporal::kCurrent, Modal::kText, Semantic::kUser}));
   EXPECT_GE(engine->InspectBlocks(id).size(), 4u);  // the same from another thread
   EXPECT_TRUE(engine->InspectBlocks(777).empty());
+  EXPECT_EQ(blocks[1].users, 1);
+  EXPECT_EQ(blocks[1].need.wish, Format::kK2V2);
   engine->Cancel(id);
-  EXPECT_TRUE(engine->InspectBlocks(id).empty());
+  // What it completed is still there for a while, and nobody's.
+  const std::vector<KvBlock> left = engine->InspectBlocks(id);
+  ASSERT_GE(left.size(), 3u);
+  for (const KvBlock& block : left) {
+    EXPECT_TRUE(block.complete());
+    EXPECT_EQ(block.users, 0);
+  }
 }
 
 // Many threads, an arena for a few sequences, clients that leave at any moment.

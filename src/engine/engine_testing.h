@@ -99,6 +99,7 @@ inline Policy PolicyWithWindow() {
 
 inline std::unique_ptr<Engine> Start(std::unique_ptr<FakeModel> model, EngineOptions options) {
   if (options.policy.name.empty()) options.policy = PolicyNamed("paper");
+  options.check_when_idle = true;
   PreprocessorConfig preprocessor;
   preprocessor.merge_size = 1;
   GenerationConfig generation;
@@ -144,9 +145,10 @@ inline void ExpectEmpty(Engine* engine) {
   const EngineSnapshot snapshot = engine->Snapshot();
   EXPECT_EQ(snapshot.running, 0);
   EXPECT_EQ(snapshot.waiting, 0);
-  EXPECT_EQ(snapshot.kv.total_bytes(), 0);
   EXPECT_EQ(snapshot.kv_usage, 0);
-  for (const int64_t tokens : snapshot.tokens_by_tag) EXPECT_EQ(tokens, 0);
+  EXPECT_EQ(snapshot.kv.total_tokens(), snapshot.cached_tokens) << "what is left is cached";
+  EXPECT_EQ(snapshot.integrity_errors, 0);
+  EXPECT_TRUE(engine->CheckIntegrity().ok());
 }
 
 inline int64_t Bf16Blocks(int64_t count) { return count * BlockBytes(FakeModel().geometry(), Format::kBf16); }

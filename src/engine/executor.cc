@@ -29,13 +29,11 @@ TokenDraw DrawOf(const RequestState& request) {
 
 }  // namespace
 
-void Executor::EncodeImages(RequestState* request, int32_t count) {
+void Executor::EncodeImages(RequestState* request, int32_t begin, int32_t count) {
   const std::vector<PromptImage>& images = request->request.prompt.images;
   for (size_t i = 0; i < images.size(); ++i) {
     std::unique_ptr<VisualFeatures>& features = request->features[i];
-    if (features != nullptr || OverlapOf(images[i], request->computed, request->computed + count).empty()) {
-      continue;
-    }
+    if (features != nullptr || OverlapOf(images[i], begin, begin + count).empty()) continue;
     features = std::make_unique<VisualFeatures>(model_->Encode(*images[i].patches, preprocessor_));
   }
 }

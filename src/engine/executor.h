@@ -20,10 +20,10 @@ class Executor {
   Executor(Model* model, KvMemory* memory, const PreprocessorConfig& preprocessor)
       : model_(model), memory_(memory), preprocessor_(preprocessor) {}
 
-  // Runs the vision tower on the images that the next `count` tokens of a prompt reach. Each image is encoded
-  // once, when the prefill reaches it (again after a preemption), and its features go when it has passed, so
-  // that a prompt with many pictures holds those of one chunk.
-  void EncodeImages(RequestState* request, int32_t count);
+  // Runs the vision tower on the images that tokens [begin, begin + count) of a prompt reach. Each image is
+  // encoded once, when the prefill reaches it (again after a preemption), and its features go when it has
+  // passed, so that a prompt with many pictures holds those of one chunk.
+  void EncodeImages(RequestState* request, int32_t begin, int32_t count);
 
   // Runs the model on a step.
   void Run(const Step& step);

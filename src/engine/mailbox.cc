@@ -40,6 +40,13 @@ std::future<std::vector<KvBlock>> Mailbox::Inspect(RequestId id) {
   return blocks;
 }
 
+std::future<Status> Mailbox::Check() {
+  std::promise<Status> check;
+  std::future<Status> result = check.get_future();
+  Post([&] { mail_.checks.push_back(std::move(check)); });
+  return result;
+}
+
 void Mailbox::Close() {
   const std::lock_guard lock(mutex_);
   closed_ = true;

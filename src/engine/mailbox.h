@@ -22,6 +22,7 @@ struct Inspection {
 };
 
 struct Mail {
+  std::vector<std::promise<Status>> checks;
   std::vector<std::unique_ptr<RequestState>> submitted;  // by growing id
   std::vector<RequestId> cancelled;
   std::vector<Inspection> inspections;
@@ -37,6 +38,7 @@ class Mailbox {
   Result<RequestId> Submit(std::unique_ptr<RequestState> request);
   void Cancel(RequestId id);
   std::future<std::vector<KvBlock>> Inspect(RequestId id);
+  std::future<Status> Check();
   // Refuses new requests from now on.
   void Close();
   void CancelAll();

@@ -74,24 +74,18 @@ std::vector<int32_t> StopIds(const SamplingParams& sampling, const GenerationCon
 
 }  // namespace
 
-std::array<Format, kTags> WishesOf(const Policy& policy, const KvGeometry& geometry,
-                                   const KvCalibration& calibration, bool dummy_weights) {
-  std::array<Format, kTags> wishes = policy.table;
-  if (geometry.codec != Codec::kRotated || calibration.calibrated || dummy_weights) return wishes;
-  bool changed = false;
-  for (Format& wish : wishes) {
-    if (wish != Format::kK2V2) continue;
-    wish = Format::kK4V2;
-    changed = true;
-  }
-  if (changed) {
+TagNeeds NeedsOf(const Policy& policy, const KvGeometry& geometry, const KvCalibration& calibration,
+                 bool dummy_weights, double budget_bits) {
+  const bool two_bit_keys = geometry.codec != Codec::kRotated || calibration.calibrated || dummy_weights;
+  TagNeeds needs = ResolveNeeds(policy, geometry, two_bit_keys, budget_bits);
+  const bool asks = policy.priced || std::count(policy.table.begin(), policy.table.end(), Format::kK2V2) > 0;
+  if (!two_bit_keys && asks) {
     spdlog::warn(
         "policy {} asks for k2v2, but the checkpoint has no kv_calibration.json, without which 2-bit keys "
-        "lose "
-        "too much: such tokens are stored as k4v2. Add the file, or use the codec 'paper'",
+        "lose too much: such tokens are stored as k4v2. Add the file, or use the codec 'paper'",
         policy.name);
   }
-  return wishes;
+  return needs;
 }
 
 Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const EngineContext& context) {
@@ -111,11 +105,22 @@ Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const Engi
   state->history = TokenHistory(request.sampling, prompt.tokens);
 
   state->kv_tokens.reserve(static_cast<size_t>(state->max_length));
-  for (const Tag& tag : TagTokens(prompt.spans, tokens)) {
-    const auto index = static_cast<size_t>(tag.index());
-    state->kv_tokens.push_back({static_cast<uint8_t>(index), context.wishes[index]});
+  const std::vector<Tag> tags = TagTokens(prompt.spans, tokens);
+  for (size_t i = 0; i < tags.size(); ++i) {
+    state->kv_tokens.push_back({ContentId::OfToken(prompt.tokens[i]), static_cast<uint8_t>(tags[i].index())});
   }
-  const int64_t rows = PredictRows(context.geometry, state->kv_tokens, context.policy.recent_window);
+  for (const PromptImage& image : prompt.images) {
+    for (int32_t i = 0; i < image.tokens; ++i) {
+      state->kv_tokens[static_cast<size_t>(image.begin + i)].content =
+          ContentId::OfPicture(image.patches->hash_lo, image.patches->hash_hi, i);
+    }
+  }
+  state->salt = request.salt;
+  state->tenant = request.tenant;
+  state->min_format = request.min_format;
+  state->priority = request.priority;
+  const int64_t rows =
+      PredictRows(context.geometry, context.needs, state->kv_tokens, /*begin=*/0, request.min_format);
   if (rows > context.total_rows) {
     const int64_t row_bytes = UnitRowBytes(context.geometry) * context.geometry.num_layers;
     return ResourceExhausted(fmt::format(

@@ -11,6 +11,7 @@
 #include "engine/request_state.h"
 #include "io/model_config.h"
 #include "kv/calibration.h"
+#include "kv/need.h"
 #include "kv/policy.h"
 
 namespace triaxial {
@@ -23,15 +24,15 @@ struct EngineContext {
   GenerationConfig generation;
   MarkupIds markup;
   Policy policy;
-  std::array<Format, kTags> wishes{};  // by Tag::index()
+  TagNeeds needs;
   int32_t max_model_len = 0;
   int64_t total_rows = 0;  // of the arena
 };
 
-// The policy's table, except that 2-bit keys of the rotated codec need equalization factors: without them
-// k2v2 becomes k4v2, and a warning says so.
-std::array<Format, kTags> WishesOf(const Policy& policy, const KvGeometry& geometry,
-                                   const KvCalibration& calibration, bool dummy_weights);
+// The policy for a cache, except that 2-bit keys of the rotated codec need equalization factors: without them
+// k2v2 becomes k4v2, and a warning says so. `budget_bits` as in ResolveNeeds.
+TagNeeds NeedsOf(const Policy& policy, const KvGeometry& geometry, const KvCalibration& calibration,
+                 bool dummy_weights, double budget_bits);
 
 // Tags the prompt, computes its positions and what it will take of the arena. InvalidArgument names what is
 // wrong with the prompt or the sampling; ResourceExhausted if the arena is too small for it.

@@ -15,7 +15,7 @@ EngineContext Context() {
   context.preprocessor.merge_size = 2;
   context.generation.eos_token_ids = {7, 3};
   context.policy = LoadPolicy("paper").value();
-  context.wishes = context.policy.table;
+  context.needs = ResolveNeeds(context.policy, context.geometry, /*two_bit_keys=*/true, 0);
   context.max_model_len = 50;
   context.total_rows = 10000;
   return context;
@@ -35,7 +35,7 @@ TEST(Prepare, TwoBitKeysNeedACalibration) {
   const KvGeometry rotated = {1, 1, 128, Codec::kRotated};
   const KvGeometry paper = {1, 1, 128, Codec::kPaper};
   KvCalibration calibration;
-  const auto changed = WishesOf(policy, rotated, calibration, /*dummy_weights=*/false);
+  const auto changed = NeedsOf(policy, rotated, calibration, /*dummy_weights=*/false, 0).wish;
   int two_bit = 0;
   for (size_t i = 0; i < changed.size(); ++i) {
     const bool was_two_bit = policy.table[i] == Format::kK2V2;
@@ -43,13 +43,13 @@ TEST(Prepare, TwoBitKeysNeedACalibration) {
     two_bit += was_two_bit;
   }
   EXPECT_GT(two_bit, 0);
-  EXPECT_EQ(WishesOf(policy, rotated, calibration, /*dummy_weights=*/true), policy.table);
-  EXPECT_EQ(WishesOf(policy, paper, calibration, false), policy.table);
+  EXPECT_EQ(NeedsOf(policy, rotated, calibration, /*dummy_weights=*/true, 0).wish, policy.table);
+  EXPECT_EQ(NeedsOf(policy, paper, calibration, false, 0).wish, policy.table);
   calibration.calibrated = true;
-  EXPECT_EQ(WishesOf(policy, rotated, calibration, false), policy.table);
+  EXPECT_EQ(NeedsOf(policy, rotated, calibration, false, 0).wish, policy.table);
 }
 
-TEST(Prepare, GivesEveryTokenItsTagAndWish) {
+TEST(Prepare, GivesEveryTokenItsTagAndContent) {
   const EngineContext context = Context();
   const auto state = PrepareRequest(TwoTurns(), context).value();
   ASSERT_EQ(state->kv_tokens.size(), 8u);
@@ -59,8 +59,7 @@ TEST(Prepare, GivesEveryTokenItsTagAndWish) {
   EXPECT_EQ(state->kv_tokens[1].tag, old_text.index());
   EXPECT_EQ(state->kv_tokens[5].tag, old_image.index());
   EXPECT_EQ(state->kv_tokens[7].tag, new_text.index());
-  EXPECT_EQ(state->kv_tokens[5].wish, Format::kK2V2);
-  EXPECT_EQ(state->kv_tokens[7].wish, Format::kK4V4);
+  EXPECT_EQ(state->kv_tokens[7].content, ContentId::OfToken(9));
   EXPECT_EQ(state->tokens, TwoTurns().prompt.tokens);
   EXPECT_EQ(state->stop_ids, (std::vector<int32_t>{3, 7}));
 }

@@ -32,9 +32,11 @@ struct RequestState : Sequence {
   uint64_t seed = 0;
   TokenHistory history;
   GenerationTagger tagger;
-  bool started = false;   // has been admitted
-  bool finished = false;  // its last event was sent; removed at the end of the step
+  bool started = false;    // has been admitted
+  bool finished = false;   // its last event was sent; removed at the end of the step
+  int64_t first_step = 0;  // of the cache, when it was admitted
   Clock::time_point submitted;
+  Clock::time_point deadline = Clock::time_point::max();
   Clock::time_point admitted;
   Clock::time_point first_token;
 

@@ -2,30 +2,46 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
 #include "base/checked_math.h"
-#include "kv/policy.h"
+#include "base/log.h"
 
 namespace triaxial {
 namespace {
 
-bool Older(const Sequence* a, const Sequence* b) { return a->id < b->id; }
+// The order in which sequences are served; whoever comes last gives way.
+bool Before(const Sequence* a, const Sequence* b) {
+  return a->priority != b->priority ? a->priority > b->priority : a->id < b->id;
+}
+
+void InsertInOrder(std::vector<Sequence*>* sequences, Sequence* sequence) {
+  sequences->insert(std::upper_bound(sequences->begin(), sequences->end(), sequence, Before), sequence);
+}
+
+std::span<const KvToken> TokensOf(const Sequence& sequence, int32_t begin, int32_t count) {
+  return std::span(sequence.kv_tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+}
 
 }  // namespace
 
-int64_t PredictRows(const KvGeometry& geometry, std::span<const KvToken> tokens, int recent_window) {
-  const int64_t blocks = static_cast<int64_t>(tokens.size()) / kBlockTokens;
-  const int64_t quantized = std::max<int64_t>(0, blocks - CeilDiv(recent_window, kBlockTokens));
+int64_t PredictRows(const KvGeometry& geometry, const TagNeeds& needs, std::span<const KvToken> tokens,
+                    int32_t begin, Format min_format) {
+  const auto blocks = static_cast<int64_t>(tokens.size()) / kBlockTokens;
+  const int64_t quantized = std::max<int64_t>(0, blocks - CeilDiv(needs.recent_window, kBlockTokens));
   const int64_t tail_and_growth = 2;
-  int64_t rows = (blocks - quantized + tail_and_growth) * UnitsOf(geometry, Format::kBf16);
-  std::array<Format, kBlockTokens> wishes;
-  for (int64_t b = 0; b < quantized; ++b) {
+  const int64_t first = begin / kBlockTokens;
+  int64_t rows = (blocks - std::max(first, quantized) + tail_and_growth) * UnitsOf(geometry, Format::kBf16);
+  std::array<uint8_t, kBlockTokens> tags;
+  for (int64_t b = first; b < quantized; ++b) {
     for (int i = 0; i < kBlockTokens; ++i) {
-      wishes[static_cast<size_t>(i)] = tokens[static_cast<size_t>(b * kBlockTokens + i)].wish;
+      tags[static_cast<size_t>(i)] = tokens[static_cast<size_t>(b * kBlockTokens + i)].tag;
     }
-    rows += UnitsOf(geometry, BlockFormat(wishes));
+    const Format least =
+        Choose(needs, NeedOf(needs, tags, b == 0), geometry, std::numeric_limits<double>::infinity());
+    rows += UnitsOf(geometry, std::max(least, min_format));
   }
   return rows;
 }
@@ -43,141 +59,296 @@ void Step::Clear() {
   rows = 0;
 }
 
-Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, Move move)
-    : limits_(limits), cache_(cache), move_(std::move(move)) {
+Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing)
+    : limits_(limits), cache_(cache), backing_(backing) {
   CHECK(limits.max_running > 0 && limits.max_step_tokens >= limits.max_running);
   running_.reserve(static_cast<size_t>(limits.max_running));
+  preempted_.reserve(static_cast<size_t>(limits.max_running));  // so that preempting cannot throw
+  if (!backing->sleeps()) return;
+  sleep_ = [backing](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
+    backing->Sleep(block, key, parent);
+  };
 }
 
 void Scheduler::Enqueue(Sequence* sequence) {
-  sequence->predicted_rows = PredictRows(cache_->geometry(), sequence->kv_tokens, limits_.recent_window);
-  waiting_.reserve(waiting_.size() + running_.size() + 1);
-  waiting_.insert(std::upper_bound(waiting_.begin(), waiting_.end(), sequence, Older), sequence);
+  Class& tenants = classes_[sequence->priority];
+  const auto [entry, is_new] = tenants.try_emplace(sequence->tenant);
+  Tenant& tenant = entry->second;
+  if (is_new) {
+    double least = std::numeric_limits<double>::infinity();
+    for (const auto& [name, other] : tenants) {
+      if (&other != &tenant) least = std::min(least, other.served);
+    }
+    if (tenants.size() > 1) tenant.served = least;
+  }
+  sequence->account = &tenant;
+  ++tenant.requests;
+  tenant.waiting.push_back(sequence);
+  ++waiting_;
+}
+
+// Its tenant goes with its last request.
+void Scheduler::LeaveTenant(Sequence* sequence) {
+  if (--std::exchange(sequence->account, nullptr)->requests > 0) return;
+  const auto tenants = classes_.find(sequence->priority);
+  tenants->second.erase(sequence->tenant);
+  if (tenants->second.empty()) classes_.erase(tenants);
 }
 
 void Scheduler::Remove(Sequence* sequence) {
   if (sequence->cache_id != 0) {
     cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
-    running_.erase(std::find(running_.begin(), running_.end(), sequence));
+    std::erase(running_, sequence);
   } else {
-    waiting_.erase(std::find(waiting_.begin(), waiting_.end(), sequence));
+    if (std::erase(preempted_, sequence) == 0) std::erase(sequence->account->waiting, sequence);
+    --waiting_;
   }
+  LeaveTenant(sequence);
 }
 
 int64_t Scheduler::RowsFor(const Sequence& sequence, int32_t count) const {
-  return cache_->RowsToAppend(
-      sequence.cache_id, std::span(sequence.kv_tokens)
-                             .subspan(static_cast<size_t>(sequence.computed), static_cast<size_t>(count)));
+  return cache_->RowsToAppend(sequence.cache_id, TokensOf(sequence, sequence.computed, count));
 }
 
+// Rows that nobody else holds and that Reclaim does not count already.
 int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
   const KvGeometry& geometry = cache_->geometry();
-  return cache_->Usage(sequence.cache_id).total_bytes() / (UnitRowBytes(geometry) * geometry.num_layers);
+  int64_t rows = 0;
+  for (const KvBlock* block : cache_->Blocks(sequence.cache_id)) {
+    if (block->users == 1)
+      rows += UnitsOf(geometry, block->format) * block->capacity / kBlockTokens - block->slack;
+  }
+  return rows;
 }
 
 void Scheduler::MakePlan(Plan* plan) const {
   plan->Clear();
-  int64_t free = cache_->free_rows();
+  int64_t available = cache_->free_rows() + cache_->ReclaimableRows();
   int32_t budget = limits_.max_step_tokens;
   size_t staying = running_.size();
-  const auto preempt_youngest = [&] {
-    Sequence* youngest = running_[--staying];
-    free += RowsHeld(*youngest);
-    plan->preempt.push_back(youngest);
+  const auto preempt_last = [&] {
+    Sequence* sequence = running_[--staying];
+    available += RowsHeld(*sequence);
+    plan->preempt.push_back(sequence);
   };
+  if (stuck_) {  // what was counted as free could not be had
+    if (staying > 1) {
+      preempt_last();
+    } else if (staying == 1) {
+      plan->fail = running_[0];
+      return;
+    }
+  }
 
   for (size_t i = 0; i < staying; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() != 1) continue;
     const int64_t rows = RowsFor(*sequence, 1);
-    while (rows > free && staying > i + 1) preempt_youngest();
-    if (rows > free) {
+    while (rows > available && staying > i + 1) preempt_last();
+    if (rows > available) {
       if (i == 0) {
         plan->fail = sequence;
       } else {
-        preempt_youngest();
+        preempt_last();
       }
       break;
     }
-    free -= rows;
+    available -= rows;
     --budget;
-    plan->rows.push_back({sequence, 1});
+    plan->rows.push_back({sequence, sequence->computed, 1});
   }
 
   bool short_of_memory = !plan->preempt.empty() || plan->fail != nullptr;
   for (size_t i = 0; i < staying && budget > 0 && plan->fail == nullptr; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() == 1) continue;
-    int32_t count = std::min(sequence->pending(), budget);
+    int32_t count = std::min({sequence->pending(), budget, cache_->NextStop(sequence->cache_id)});
     int64_t rows = RowsFor(*sequence, count);
-    while (rows > free && count > 0) {
+    while (rows > available && count > 0) {
       short_of_memory = true;
       count /= 2;
       rows = count > 0 ? RowsFor(*sequence, count) : 0;
     }
     if (count == 0) break;
-    free -= rows;
+    available -= rows;
     budget -= count;
-    plan->rows.push_back({sequence, count});
+    plan->rows.push_back({sequence, sequence->computed, count});
   }
 
-  if (!short_of_memory) PlanAdmissions(free, budget, plan);
+  if (!short_of_memory) PlanAdmissions(available, budget, plan);
   if (plan->rows.empty() && plan->preempt.empty() && plan->fail == nullptr) {
     if (staying > 1) {
-      preempt_youngest();
+      preempt_last();
     } else if (staying == 1) {
       plan->fail = running_[0];
-    } else if (!waiting_.empty()) {
-      plan->fail = waiting_.front();
+    } else if (!preempted_.empty()) {
+      plan->fail = preempted_.front();
+    } else if (waiting_ > 0) {
+      for (const auto& [name, tenant] : classes_.begin()->second) {
+        if (!tenant.waiting.empty()) plan->fail = tenant.waiting.front();
+      }
     }
   }
 }
 
-void Scheduler::PlanAdmissions(int64_t free, int32_t budget, Plan* plan) const {
-  size_t places = static_cast<size_t>(limits_.max_running) - running_.size();
-  for (auto it = waiting_.begin(); it != waiting_.end() && places > 0 && budget > 0; ++it, --places) {
-    if ((*it)->predicted_rows > free) return;
-    const int32_t count = std::min((*it)->pending(), budget);
-    free -= (*it)->predicted_rows;
-    budget -= count;
-    plan->rows.push_back({*it, count});
+// False if it has to wait, and with it all behind it.
+bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* budget, Plan* plan) const {
+  const KvMatch match = cache_->Match(sequence->prompt());
+  if (sequence->predicted_rows < 0 || sequence->predicted_begin != match.begin) {
+    sequence->predicted_rows = PredictRows(cache_->geometry(), cache_->needs(), sequence->kv_tokens,
+                                           match.begin, sequence->min_format);
+    sequence->predicted_begin = match.begin;
   }
+  const int64_t rows = sequence->predicted_rows + match.idle_rows;
+  if (rows > *available) return false;
+  *available -= rows;
+  const auto tokens = static_cast<int32_t>(sequence->kv_tokens.size());
+  // What may wake is not computed before it had its chance: then the rows come with the next plan.
+  const bool may_wake =
+      backing_->asleep() && match.begin + kBlockTokens < tokens && !sequence->admitted_before;
+  const int32_t count = may_wake ? 0 : std::min({tokens - match.begin, match.stop - match.begin, *budget});
+  *budget -= count;
+  plan->rows.push_back({sequence, match.begin, count});
+  return true;
+}
+
+void Scheduler::PlanAdmissions(int64_t available, int32_t budget, Plan* plan) const {
+  size_t places = static_cast<size_t>(limits_.max_running) - running_.size();
+  size_t next_preempted = 0;
+  const auto admit_preempted = [&](int priority) {  // those of at least this priority
+    while (next_preempted < preempted_.size() && preempted_[next_preempted]->priority >= priority) {
+      if (places == 0 || budget <= 0) return false;
+      if (!PlanAdmission(preempted_[next_preempted], &available, &budget, plan)) return false;
+      ++next_preempted;
+      --places;
+    }
+    return true;
+  };
+  struct Cursor {
+    double served;
+    const Tenant* tenant;
+    size_t next;
+  };
+  std::vector<Cursor> cursors;
+  for (const auto& [priority, tenants] : classes_) {
+    if (!admit_preempted(priority)) return;
+    cursors.clear();
+    for (const auto& [name, tenant] : tenants) {
+      if (!tenant.waiting.empty()) cursors.push_back({tenant.served, &tenant, 0});
+    }
+    while (!cursors.empty()) {
+      if (places == 0 || budget <= 0) return;
+      const auto least =
+          std::min_element(cursors.begin(), cursors.end(), [](const Cursor& a, const Cursor& b) {
+            return a.served != b.served ? a.served < b.served
+                                        : a.tenant->waiting[a.next]->id < b.tenant->waiting[b.next]->id;
+          });
+      Sequence* sequence = least->tenant->waiting[least->next];
+      if (!PlanAdmission(sequence, &available, &budget, plan)) return;
+      --places;
+      least->served += static_cast<double>(sequence->kv_tokens.size()) - plan->rows.back().begin;
+      if (++least->next == least->tenant->waiting.size()) cursors.erase(least);
+    }
+  }
+  admit_preempted(std::numeric_limits<int>::min());
 }
 
 void Scheduler::Commit(const Plan& plan, Step* step) {
   step->Clear();
+  stuck_ = false;
   for (Sequence* sequence : plan.preempt) Preempt(sequence);
   if (std::exchange(scattered_, false)) Compact();
   for (const Plan::Rows& rows : plan.rows) {
     if (rows.sequence->cache_id == 0) Admit(rows.sequence);
+  }
+  MakeRoom(plan, step);
+  for (const Plan::Rows& rows : plan.rows) {
+    if (rows.count == 0 || rows.begin != rows.sequence->computed) continue;
     if (Append(rows.sequence, rows.count, step)) continue;
-    if (!step->items.empty()) {  // rows of this step must not move any more
+    if (!step->empty()) {  // rows of this step must not move any more
       scattered_ = true;
       return;
     }
     Compact();
-    CHECK(Append(rows.sequence, rows.count, step));  // the plan counted the rows
+    if (Append(rows.sequence, rows.count, step)) continue;
+    stuck_ = true;
+    return;
   }
 }
 
+// Between what is in use and the arena's end there is to be a little room, so that steps do not each fight
+// for their rows: below the lower mark it is brought to the upper one.
+void Scheduler::MakeRoom(const Plan& plan, Step* step) {
+  cache_->AgeBlocks(kConvertsPerStep, &step->converts);
+  cache_->KeepBudget(kConvertsPerStep, &step->converts);
+  int64_t rows = 0;
+  for (const Plan::Rows& r : plan.rows) {
+    if (r.count > 0 && r.begin == r.sequence->computed) rows += RowsFor(*r.sequence, r.count);
+  }
+  if (rows == 0) return;
+  const int64_t low = cache_->total_rows() / 128, high = cache_->total_rows() / 64;
+  if (cache_->free_rows() < rows + low) cache_->Reclaim(rows + high, &step->converts, sleep_);
+}
+
 void Scheduler::Admit(Sequence* sequence) {
-  CHECK(sequence == waiting_.front());
-  sequence->cache_id = cache_->CreateSequence(limits_.recent_window);
-  running_.push_back(sequence);
-  waiting_.erase(waiting_.begin());
+  if (std::erase(preempted_, sequence) == 0) {
+    // The plan follows the queue's order, so it is its tenant's first.
+    CHECK(sequence == sequence->account->waiting.front());
+    sequence->account->waiting.pop_front();
+  }
+  --waiting_;
+  if (backing_->asleep() && !sequence->admitted_before) Wake(*sequence);
+  sequence->cache_id = cache_->CreateSequence(sequence->prompt());
+  sequence->computed = cache_->Length(sequence->cache_id);
+  if (!std::exchange(sequence->admitted_before, true)) {
+    sequence->cached_tokens = cache_->MatchedTokens(sequence->cache_id);
+  }
+  InsertInOrder(&running_, sequence);
+}
+
+// Blocks of the prompt that sleep come back behind those that are there, while rows can be had by dropping
+// others.
+void Scheduler::Wake(const Sequence& sequence) {
+  const KvPrompt prompt = sequence.prompt();
+  KvCache::Waking waking = cache_->BeginWaking(prompt);
+  std::array<ContentId, kBlockTokens> contents;
+  while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < prompt.tokens.size()) {
+    const std::span<const KvToken> tokens = TokensOf(sequence, waking.blocks * kBlockTokens, kBlockTokens);
+    for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
+    const BlockKey key = ChildKey(waking.key, contents);
+    if (!backing_->Contains(key)) break;
+    const Result<SleepingBlock> block = backing_->Get(key);
+    if (!block.ok()) {
+      spdlog::warn("a sleeping block is lost: {}", block.status().message());
+      break;
+    }
+    if (block->contents != contents || block->position != waking.blocks * kBlockTokens) break;
+    const int rows = UnitsOf(cache_->geometry(), block->format);
+    if (!cache_->FitsWithoutCompaction(rows)) cache_->Reclaim(rows, nullptr, sleep_);
+    const auto fill = [&](uint32_t unit_row) {
+      const Status written = backing_->Write(unit_row, rows, *block);
+      if (!written.ok()) spdlog::warn("a sleeping block is lost: {}", written.message());
+      return written.ok();
+    };
+    if (!cache_->Wake(block->format, tokens, fill, &waking)) break;
+  }
+  cache_->EndWaking(waking);
 }
 
 void Scheduler::Preempt(Sequence* sequence) {
-  Remove(sequence);
+  cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
+  std::erase(running_, sequence);
   sequence->computed = 0;
-  Enqueue(sequence);
+  sequence->predicted_rows = -1;
+  InsertInOrder(&preempted_, sequence);
+  ++waiting_;
   ++preemptions_;
 }
 
 bool Scheduler::Append(Sequence* sequence, int32_t count, Step* step) {
-  const auto tokens = std::span(sequence->kv_tokens)
-                          .subspan(static_cast<size_t>(sequence->computed), static_cast<size_t>(count));
-  if (!cache_->Append(sequence->cache_id, tokens, &append_).ok()) return false;
+  if (!cache_->Append(sequence->cache_id, TokensOf(*sequence, sequence->computed, count), &append_).ok()) {
+    return false;
+  }
   step->converts.insert(step->converts.end(), append_.converts.begin(), append_.converts.end());
   for (KvStore store : append_.stores) {
     store.row_begin += step->rows;
@@ -186,11 +357,32 @@ bool Scheduler::Append(Sequence* sequence, int32_t count, Step* step) {
   step->items.push_back({sequence, step->rows, sequence->computed, count, cache_->View(sequence->cache_id)});
   step->rows += count;
   sequence->computed += count;
+  sequence->account->served += count;
+  in_step_.push_back(sequence);
   return true;
 }
 
+void Scheduler::FinishStep() {
+  cache_->FinishStep();
+  // Where a matched run began, the sequence is further by its length.
+  for (Sequence* sequence : in_step_) {
+    if (sequence->cache_id != 0) sequence->computed = cache_->Length(sequence->cache_id);
+  }
+  in_step_.clear();
+}
+
+std::vector<Sequence*> Scheduler::AbortStep() {
+  in_step_.clear();
+  const std::vector<SequenceId> ids = cache_->AbortStep();
+  std::vector<Sequence*> lost;
+  for (Sequence* sequence : running_) {
+    if (std::binary_search(ids.begin(), ids.end(), sequence->cache_id)) lost.push_back(sequence);
+  }
+  return lost;
+}
+
 void Scheduler::Compact() {
-  cache_->Compact(move_);
+  cache_->Compact([this](uint32_t from, uint32_t to, int rows) { backing_->Move(from, to, rows); });
   ++compactions_;
 }
 

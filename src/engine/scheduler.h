@@ -1,53 +1,82 @@
 // Who runs in the next step, with how many rows, and who must make room. Plan looks and allocates nothing;
-// Commit is the only place that allocates, admits and preempts. Knows formats and bytes, but no model.
+// Commit is the only place that allocates, re-quantizes, puts to sleep, drops, admits and preempts. Knows
+// formats and bytes, but no model.
 //
 // The rules, in order:
-//  1. Sequences that wait for one token (decode) get their row, oldest first. If the arena has no room for a
-//     row's growth, the youngest running sequence is preempted: its blocks are freed and its tokens, output
-//     included, are prefilled again later. If only the oldest is left and still does not fit, it fails.
-//  2. The rest of the step goes to the prefill of running sequences, oldest first, in chunks; a chunk shrinks
-//     to what the arena takes.
-//  3. Waiting sequences are admitted in order of arrival, by predicted bytes, never past one that does not
-//     fit. Nobody is admitted in a step that ran short of memory.
-//  4. If all this yields nothing, the youngest running sequence is preempted, or what is alone fails: every
-//     plan makes progress.
+//  1. Sequences that wait for one token (decode) get their row: higher priority first, then older first. If
+//     even what can be reclaimed has no room for a row's growth, the last of them is preempted: it gives up
+//     its blocks (which stay cached while there is room) and is prefilled again later, output included. If
+//     only the first is left and still does not fit, it fails.
+//  2. The rest of the step goes to the prefill of running sequences in the same order, in chunks; a chunk
+//     shrinks to what the arena takes.
+//  3. Waiting sequences are admitted by predicted bytes: by priority; those that were preempted before new
+//     ones; then the API key that has been served least, and its requests in order of arrival. None overtakes
+//     one that does not fit. Nobody is admitted in a step that ran short of memory.
+//  4. If all this yields nothing, the last running sequence is preempted, or what is alone fails: every plan
+//     makes progress.
+// Room is made in the order that KvCache::Reclaim says.
 #ifndef TRIAXIAL_ENGINE_SCHEDULER_H_
 #define TRIAXIAL_ENGINE_SCHEDULER_H_
 
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "engine/kv_backing.h"
 #include "engine/request.h"
 #include "kv/cache.h"
 
 namespace triaxial {
 
-// What the scheduler knows of a request: what its tokens deserve, and how far it got. Owned by the engine.
+// An API key, while it has requests. Served tokens are counted as in Sheng et al., "Fairness in serving large
+// language models" (VTC): one that comes back starts level with the least served of those that are there.
+struct Tenant {
+  std::deque<struct Sequence*> waiting;  // in order of arrival; of one priority class
+  int32_t requests = 0;                  // waiting and running
+  double served = 0;
+};
+
+// What the scheduler knows of a request: what its tokens are, and how far it got. Owned by the engine.
 struct Sequence {
   RequestId id = 0;                // grows with arrival
   std::vector<KvToken> kv_tokens;  // prompt, then output
-  int32_t computed = 0;            // leading tokens whose keys and values are in the cache
-  SequenceId cache_id = 0;         // 0: not running
-  int64_t predicted_rows = 0;      // unit rows that it will take, set when it is queued
+  std::string salt;                // as in Request, likewise the next three
+  std::string tenant;
+  Format min_format = Format::kK2V2;
+  int priority = 0;
+  int32_t computed = 0;       // leading tokens whose keys and values are in the cache
+  SequenceId cache_id = 0;    // 0: not running
+  int32_t cached_tokens = 0;  // found in the cache when it was first admitted
+  bool admitted_before = false;
+  // The scheduler's own:
+  Tenant* account = nullptr;    // while it is queued or runs
+  int64_t predicted_rows = -1;  // unit rows that its tokens from predicted_begin on will take
+  int32_t predicted_begin = 0;
+
   int32_t pending() const { return static_cast<int32_t>(kv_tokens.size()) - computed; }
+  KvPrompt prompt() const { return {.salt = salt, .tokens = kv_tokens, .min_format = min_format}; }
 };
 
-// Unit rows of a sequence once these tokens are in the cache, its tail and one more block of growth included.
-int64_t PredictRows(const KvGeometry& geometry, std::span<const KvToken> tokens, int recent_window);
+// Unit rows that a sequence takes beyond its first `begin` tokens (a multiple of 64) once all are in the
+// cache, its tail and one more block of growth included. A priced policy is counted at its floors.
+int64_t PredictRows(const KvGeometry& geometry, const TagNeeds& needs, std::span<const KvToken> tokens,
+                    int32_t begin, Format min_format);
 
 struct SchedulerLimits {
   int32_t max_running = 0;
   int32_t max_step_tokens = 0;  // at least max_running
-  int recent_window = 0;        // of the policy, for KvCache::CreateSequence
 };
 
 // What a step will do; nothing has happened yet.
 struct Plan {
   struct Rows {
     Sequence* sequence;
-    int32_t count;
+    int32_t begin;  // first token; of one to be admitted, behind what the cache has of it
+    int32_t count;  // 0: is only admitted
   };
   std::vector<Rows> rows;          // one that is not running is to be admitted
   std::vector<Sequence*> preempt;  // before anything else
@@ -69,46 +98,63 @@ struct Step {
   std::vector<KvStore> stores;  // row_begin counts rows of the step
   int32_t rows = 0;
   void Clear();
+  bool empty() const { return items.empty() && converts.empty(); }
 };
 
 class Scheduler {
  public:
-  // Moves the bytes of a block, as KvArena::Move.
-  using Move = std::function<void(uint32_t from_row, uint32_t to_row, int rows)>;
-  // `cache` must outlive the scheduler.
-  Scheduler(const SchedulerLimits& limits, KvCache* cache, Move move);
+  // `cache` and `backing` must outlive the scheduler.
+  Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing);
 
   void Enqueue(Sequence* sequence);
-  // Takes a sequence out, wherever it is, and frees its blocks. Only between steps.
+  // Takes a sequence out, wherever it is, and gives up its blocks. Only between steps.
   void Remove(Sequence* sequence);
 
   void MakePlan(Plan* plan) const;
   // Carries the plan out, except for `fail`. When free rows are scattered, the step takes what fits and the
   // next one begins with a compaction; the items are then the plan's first ones.
   void Commit(const Plan& plan, Step* step);
+  // After the kernels of a step ran; or, if they failed, AbortStep: see KvCache. The latter returns the
+  // sequences whose blocks are not to be trusted, to be removed by the caller.
+  void FinishStep();
+  std::vector<Sequence*> AbortStep();
 
-  bool idle() const { return running_.empty() && waiting_.empty(); }
+  bool idle() const { return running_.empty() && waiting_ == 0 && cache_->ageing() == 0; }
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
-  int32_t waiting() const { return static_cast<int32_t>(waiting_.size()); }
+  int32_t waiting() const { return waiting_; }
   int64_t preemptions() const { return preemptions_; }
   int64_t compactions() const { return compactions_; }
 
+  // Blocks that a step re-quantizes because they grew older or exceed the budget.
+  static constexpr int kConvertsPerStep = 32;
+
  private:
+  using Class = std::map<std::string, Tenant, std::less<>>;  // by tenant
+
   int64_t RowsFor(const Sequence& sequence, int32_t count) const;
   int64_t RowsHeld(const Sequence& sequence) const;
-  void PlanAdmissions(int64_t free, int32_t budget, Plan* plan) const;
+  void PlanAdmissions(int64_t available, int32_t budget, Plan* plan) const;
+  bool PlanAdmission(Sequence* sequence, int64_t* available, int32_t* budget, Plan* plan) const;
   void Admit(Sequence* sequence);
+  void Wake(const Sequence& sequence);
   void Preempt(Sequence* sequence);
+  void MakeRoom(const Plan& plan, Step* step);
   bool Append(Sequence* sequence, int32_t count, Step* step);
   void Compact();
+  void LeaveTenant(Sequence* sequence);
 
   SchedulerLimits limits_;
   KvCache* cache_;
-  Move move_;
-  std::vector<Sequence*> running_;  // oldest first; all older than those that wait
-  std::vector<Sequence*> waiting_;  // likewise; with room for all that run, so that preempting cannot throw
+  KvBacking* backing_;
+  KvCache::Sleep sleep_;                          // to the backing, if it keeps anything
+  std::vector<Sequence*> running_;                // by priority, then oldest first
+  std::vector<Sequence*> preempted_;              // likewise; they wait, too
+  std::map<int, Class, std::greater<>> classes_;  // by priority: those that wait and were never admitted
+  int32_t waiting_ = 0;
   KvAppend append_;
+  std::vector<Sequence*> in_step_;
   bool scattered_ = false;  // the last step met free rows without a long enough run
+  bool stuck_ = false;      // the last commit could append nothing
   int64_t preemptions_ = 0;
   int64_t compactions_ = 0;
 };

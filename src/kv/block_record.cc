@@ -32,6 +32,10 @@ constexpr size_t kTokenTags = kContents + kBlockTokens * 16;
 constexpr size_t kPayloadChecksum = kTokenTags + kBlockTokens;
 constexpr size_t kHeaderChecksum = kPayloadChecksum + 16;
 static_assert(kHeaderChecksum + 16 == kRecordHeaderBytes);
+// Formats are stored by these numbers: whoever changes one makes a new version.
+static_assert(static_cast<int>(Format::kK2V2) == 0 && static_cast<int>(Format::kK4V2) == 1 &&
+              static_cast<int>(Format::kK4V4) == 2 && static_cast<int>(Format::kFp8) == 3 &&
+              static_cast<int>(Format::kBf16) == 4 && kFormats == 5);
 
 Checksum ChecksumOf(std::span<const uint8_t> bytes) {
   const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());

@@ -239,18 +239,18 @@ TEST(BlockFaults, ForgedRecordsAreRefused) {
   const TempDir dir;
   BlockStoreStats stats;
   for (const auto& [offset, value] :
-       std::vector<std::pair<size_t, uint8_t>>{{0, 'k'},      // magic
-                                               {8, 0xff},     // payload longer than the file
-                                               {15, 0xff},    // absurdly so
-                                               {15, 0x80},    // negative, if it were signed
-                                               {16, 0x55},    // key
-                                               {48, 0x55},    // parent
-                                               {83, 0x80},    // a negative position
-                                               {84, 4},       // a fifth format
-                                               {87, 1},       // a large one
-                                               {88, 0x55},    // contents
-                                               {1111, 0x55},  // the last of them
-                                               {1112, 56},    // a tag that does not exist
+       std::vector<std::pair<size_t, uint8_t>>{{0, 'k'},        // magic
+                                               {8, 0xff},       // payload longer than the file
+                                               {15, 0xff},      // absurdly so
+                                               {15, 0x80},      // negative, if it were signed
+                                               {16, 0x55},      // key
+                                               {48, 0x55},      // parent
+                                               {83, 0x80},      // a negative position
+                                               {84, kFormats},  // a format that does not exist
+                                               {87, 1},         // a large one
+                                               {88, 0x55},      // contents
+                                               {1111, 0x55},    // the last of them
+                                               {1112, 56},      // a tag that does not exist
                                                {1175, 255}}) {
     SCOPED_TRACE("offset " + std::to_string(offset));
     std::string bad = good;

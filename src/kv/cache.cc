@@ -5,22 +5,12 @@
 #include <string>
 
 #include "base/check.h"
-#include "kv/policy.h"
+#include "base/checked_math.h"
 
 namespace triaxial {
 namespace {
 
-constexpr BlockId kNone = -1;
-
 size_t Index(Format format) { return static_cast<size_t>(format); }
-
-// What the first `from_tail` tokens of `tail` and the tokens `rows` wish for together.
-Format WishOf(const KvBlock* tail, size_t from_tail, std::span<const KvToken> rows) {
-  std::array<Format, kBlockTokens> wishes;
-  for (size_t i = 0; i < from_tail; ++i) wishes[i] = tail->token[i].wish;
-  for (size_t i = 0; i < rows.size(); ++i) wishes[from_tail + i] = rows[i].wish;
-  return BlockFormat(std::span(wishes).first(from_tail + rows.size()));
-}
 
 }  // namespace
 
@@ -32,18 +22,8 @@ double KvUsage::effective_bits(const KvGeometry& g) const {
   return elements == 0 ? 0 : 8.0 * static_cast<double>(total_bytes()) / static_cast<double>(elements);
 }
 
-KvUsage& KvUsage::operator+=(const KvUsage& other) {
-  for (size_t f = 0; f < kFormats; ++f) {
-    tokens[f] += other.tokens[f];
-    bytes[f] += other.bytes[f];
-  }
-  tail_tokens += other.tail_tokens;
-  tail_bytes += other.tail_bytes;
-  return *this;
-}
-
-KvCache::KvCache(const KvGeometry& geometry, int64_t total_rows)
-    : geometry_(geometry), allocator_(total_rows) {}
+KvCache::KvCache(const KvGeometry& geometry, int64_t total_rows, const TagNeeds& needs, PrefixTree::Hash hash)
+    : geometry_(geometry), needs_(needs), allocator_(total_rows), tree_(hash), price_(needs.rest_price) {}
 
 const KvCache::Sequence& KvCache::Find(SequenceId id) const {
   const auto found = sequences_.find(id);
@@ -51,40 +31,16 @@ const KvCache::Sequence& KvCache::Find(SequenceId id) const {
   return found->second;
 }
 
-SequenceId KvCache::CreateSequence(int recent_window) {
-  CHECK(recent_window >= 0);
-  sequences_[next_id_].recent_window = recent_window;
-  return next_id_++;
+void KvCache::CountBlock(const KvBlock& b, int sign) {
+  const int64_t bytes = Bytes(b);
+  usage_.tokens[Index(b.format)] += sign * b.tokens;
+  usage_.bytes[Index(b.format)] += sign * bytes;
+  if (b.complete()) return;
+  usage_.tail_tokens += sign * b.tokens;
+  usage_.tail_bytes += sign * bytes;
 }
 
-void KvCache::FreeSequence(SequenceId id) {
-  const Sequence& sequence = Find(id);
-  const bool in_step = sequence.last_step == step_;
-  if (sequence.tail != kNone) {
-    usage_.tail_tokens -= block(sequence.tail).tokens;
-    usage_.tail_bytes -= BlockBytes(geometry_, Format::kBf16);
-    ReleaseBlock(sequence.tail, in_step);
-  }
-  for (const BlockId b : sequence.blocks) ReleaseBlock(b, in_step);
-  sequences_.erase(id);
-}
-
-// Gives up one use of a block. Kernels of the current step may still read or write it if `in_step`.
-void KvCache::ReleaseBlock(BlockId id, bool in_step) {
-  KvBlock& b = block(id);
-  if (--b.users > 0) return;
-  usage_.tokens[Index(b.format)] -= b.tokens;
-  usage_.bytes[Index(b.format)] -= BlockBytes(geometry_, b.format);
-  for (size_t i = 0; i < b.tokens; ++i) --tokens_by_tag_[b.token[i].tag];
-  if (in_step) {
-    freed_in_step_.emplace_back(b.unit_row, Units(b.format));
-  } else {
-    allocator_.Free(b.unit_row, Units(b.format));
-  }
-  free_blocks_.push_back(id);
-}
-
-BlockId KvCache::NewBlock(Format format, uint32_t unit_row, int32_t position) {
+BlockId KvCache::NewBlock(Format format, int capacity, uint32_t unit_row, int32_t position) {
   if (free_blocks_.empty()) {
     free_blocks_.push_back(static_cast<BlockId>(blocks_.size()));
     blocks_.emplace_back();
@@ -92,13 +48,38 @@ BlockId KvCache::NewBlock(Format format, uint32_t unit_row, int32_t position) {
   const BlockId id = free_blocks_.back();
   free_blocks_.pop_back();
   KvBlock& b = block(id);
+  b.in_use = true;
+  b.serial = next_serial_++;
   b.unit_row = unit_row;
   b.position = position;
-  b.tokens = 0;
   b.format = format;
-  b.users = 1;
-  usage_.bytes[Index(format)] += BlockBytes(geometry_, format);
+  b.capacity = static_cast<uint8_t>(capacity);
   return id;
+}
+
+// Kernels of the current step may still read or write it if `in_step`.
+void KvCache::FreeBlock(BlockId id, bool in_step) {
+  Unlist(id);
+  KvBlock& b = block(id);
+  CHECK(b.in_use && b.node == kNoNode);
+  CountBlock(b, -1);
+  for (size_t i = 0; i < b.tokens; ++i) --tokens_by_tag_[b.tags[i]];
+  if (in_step) {
+    freed_in_step_.emplace_back(b.unit_row, Units(b));
+  } else {
+    allocator_.Free(b.unit_row, Units(b));
+  }
+  b = {};
+  free_blocks_.push_back(id);
+}
+
+Format KvCache::FormatOfBlock(const Sequence& sequence, const KvBlock* tail, size_t from_tail,
+                              std::span<const KvToken> rows, int64_t position) const {
+  std::array<uint8_t, kBlockTokens> tags;
+  for (size_t i = 0; i < from_tail; ++i) tags[i] = tail->tags[i];
+  for (size_t i = 0; i < rows.size(); ++i) tags[from_tail + i] = rows[i].tag;
+  const BlockNeed need = NeedOf(needs_, std::span(tags).first(from_tail + rows.size()), position == 0);
+  return std::max(Choose(needs_, need, geometry_, price_), sequence.min_format);
 }
 
 void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens) const {
@@ -107,23 +88,21 @@ void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens
   plan.fills.clear();
   plan.rows = 0;
   plan.settled = sequence.settled;
-  const auto left_window = [&](int64_t end, int64_t length) {
-    return end <= length - sequence.recent_window;
-  };
+  const auto left_window = [&](int64_t end, int64_t length) { return end <= length - needs_.recent_window; };
 
   // Blocks that have left the window before this step, so that its first query still finds a whole window.
+  // One with other users stays: it may be in their windows; when it is matched again, it ages.
   for (; plan.settled < sequence.blocks.size(); ++plan.settled) {
-    const KvBlock& b = block(sequence.blocks[plan.settled]);
+    const BlockId id = sequence.blocks[plan.settled];
+    const KvBlock& b = block(id);
     if (!left_window(b.position + kBlockTokens, sequence.length)) break;
-    if (sequence.recent_window == 0 || b.format != Format::kBf16) continue;  // was stored as it deserves
-    const Format wish = WishOf(nullptr, 0, b.token);
-    if (wish == Format::kBf16) continue;
-    plan.conversions.emplace_back(sequence.blocks[plan.settled], wish);
-    plan.rows += Units(wish);
+    if (needs_.recent_window == 0 || b.format != Format::kBf16 || b.users > 1) continue;
+    const Format wish = std::max(Choose(needs_, b.need, geometry_, price_), sequence.min_format);
+    if (wish != Format::kBf16) plan.conversions.emplace_back(id, wish);
   }
 
   const int64_t length = sequence.length + static_cast<int64_t>(tokens.size());
-  bool has_tail = sequence.tail != kNone;
+  int capacity = sequence.tail == kNoBlock ? 0 : block(sequence.tail).capacity;
   size_t from_tail = static_cast<size_t>(sequence.length) % kBlockTokens;
   int64_t begin_of_block = sequence.length - static_cast<int64_t>(from_tail);
   for (size_t row = 0; row < tokens.size();) {
@@ -132,15 +111,22 @@ void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens
               .from_tail = static_cast<uint8_t>(from_tail),
               .rows = static_cast<uint8_t>(rows)};
     if (fill.completes() && left_window(begin_of_block + kBlockTokens, length)) {
-      fill.format =
-          WishOf(from_tail > 0 ? &block(sequence.tail) : nullptr, from_tail, tokens.subspan(row, rows));
+      fill.format = FormatOfBlock(sequence, from_tail > 0 ? &block(sequence.tail) : nullptr, from_tail,
+                                  tokens.subspan(row, rows), begin_of_block);
     }
-    fill.allocates = !fill.in_place() || !has_tail;
-    if (fill.in_place()) has_tail = !fill.completes();  // a complete tail becomes the block
-    if (fill.allocates) plan.rows += Units(fill.format);
+    if (fill.format == Format::kBf16) {
+      const auto needed = static_cast<int>(CeilDiv(from_tail + rows, kTailStep) * kTailStep);
+      fill.allocates = needed > capacity;
+      fill.capacity = static_cast<uint8_t>(std::max(needed, capacity));
+      if (fill.allocates) plan.rows += UnitsOfTail(fill.capacity);
+    } else {
+      fill.allocates = true;
+      plan.rows += Units(fill.format);
+    }
     plan.fills.push_back(fill);
     row += rows;
     from_tail = 0;
+    capacity = 0;
     begin_of_block += kBlockTokens;
   }
 }
@@ -155,25 +141,21 @@ Status KvCache::AllocatePlan(size_t tokens) {
   rows_.clear();
   if (plan_.rows == 0) return OkStatus();
   bool complete = plan_.rows <= allocator_.free_rows();
-  const auto take = [&](Format format) {
-    const auto row =
-        complete ? allocator_.Allocate(Units(format), /*from_top=*/format == Format::kBf16) : std::nullopt;
+  const auto units = [&](const Fill& fill) {
+    return fill.format == Format::kBf16 ? UnitsOfTail(fill.capacity) : Units(fill.format);
+  };
+  for (const Fill& fill : plan_.fills) {
+    if (!fill.allocates || !complete) continue;
+    const std::optional<uint32_t> row =
+        allocator_.Allocate(units(fill), /*from_top=*/fill.format == Format::kBf16);
     complete = row.has_value();
     if (complete) rows_.push_back(*row);
-  };
-  for (const auto& [id, format] : plan_.conversions) take(format);
-  for (const Fill& fill : plan_.fills) {
-    if (fill.allocates) take(fill.format);
   }
   if (complete) return OkStatus();
 
   size_t taken = 0;
-  const auto give_back = [&](Format format) {
-    if (taken < rows_.size()) allocator_.Free(rows_[taken++], Units(format));
-  };
-  for (const auto& [id, format] : plan_.conversions) give_back(format);
   for (const Fill& fill : plan_.fills) {
-    if (fill.allocates) give_back(fill.format);
+    if (fill.allocates && taken < rows_.size()) allocator_.Free(rows_[taken++], units(fill));
   }
   const bool fragmented = plan_.rows <= allocator_.free_rows();
   return ResourceExhausted("appending " + std::to_string(tokens) + " tokens takes " +
@@ -189,19 +171,21 @@ Status KvCache::Append(SequenceId id, std::span<const KvToken> tokens, KvAppend*
   append->stores.clear();
   Sequence& sequence = Find(id);
   CHECK(sequence.last_step != step_);
-  CHECK(tokens.size() <= static_cast<size_t>(INT32_MAX - sequence.length));
+  CHECK(tokens.size() <= static_cast<size_t>(NextStop(id)));
   MakePlan(sequence, tokens);
   RETURN_IF_ERROR(AllocatePlan(tokens.size()));
   sequence.last_step = step_;
   in_step_.push_back(id);
 
-  size_t taken = 0;
-  for (const auto& [b, format] : plan_.conversions) Convert(&sequence, b, format, rows_[taken++], append);
+  for (const auto& [b, format] : plan_.conversions) {
+    ChangeFormat(b, format, Cause::kWindow, &append->converts);
+  }
   sequence.settled = plan_.settled;
+  size_t taken = 0;
   for (const Fill& fill : plan_.fills) {
     const uint32_t row = fill.allocates ? rows_[taken++] : 0;
     append->stores.emplace_back();
-    Extend(&sequence, fill, tokens.subspan(static_cast<size_t>(fill.row_begin), fill.rows), row,
+    Extend(id, &sequence, fill, tokens.subspan(static_cast<size_t>(fill.row_begin), fill.rows), row,
            &append->stores.back());
   }
   CHECK(taken == rows_.size());
@@ -212,82 +196,100 @@ Status KvCache::Append(SequenceId id, std::span<const KvToken> tokens, KvAppend*
   return OkStatus();
 }
 
-void KvCache::Convert(Sequence* sequence, BlockId id, Format to, uint32_t to_row, KvAppend* append) {
-  KvBlock& b = block(id);
-  append->converts.push_back({.from_row = b.unit_row, .to_row = to_row, .from = b.format, .to = to});
-  freed_in_step_.emplace_back(b.unit_row, Units(b.format));
-  usage_.tokens[Index(b.format)] -= kBlockTokens;
-  usage_.bytes[Index(b.format)] -= BlockBytes(geometry_, b.format);
-  usage_.tokens[Index(to)] += kBlockTokens;
-  usage_.bytes[Index(to)] += BlockBytes(geometry_, to);
-  const auto old = std::find_if(sequence->view.begin(), sequence->view.end(),
-                                [&](const KvBlockRef& ref) { return ref.unit_row == b.unit_row; });
-  CHECK(old != sequence->view.end());
-  sequence->view.erase(old);
-  --sequence->in_view[Index(b.format)];
-  b.unit_row = to_row;
-  b.format = to;
-  AddToView(sequence, b);
-}
-
 // Applies one fill; `row` is where the block lies that it allocates, if it does.
-void KvCache::Extend(Sequence* sequence, const Fill& fill, std::span<const KvToken> tokens, uint32_t row,
-                     KvStore* store) {
+void KvCache::Extend(SequenceId id, Sequence* sequence, const Fill& fill, std::span<const KvToken> tokens,
+                     uint32_t row, KvStore* store) {
   *store = {
       .row_begin = fill.row_begin, .from_tail = fill.from_tail, .rows = fill.rows, .format = fill.format};
   const int32_t position = sequence->length - fill.from_tail;
   sequence->length += fill.rows;
-  if (fill.in_place()) {
-    if (fill.allocates) {
-      sequence->tail = NewBlock(Format::kBf16, row, position);
-      usage_.tail_bytes += BlockBytes(geometry_, Format::kBf16);
+  const auto add_tokens = [&](KvBlock* b) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      b->contents[fill.from_tail + i] = tokens[i].content;
+      b->tags[fill.from_tail + i] = tokens[i].tag;
+    }
+    b->tokens = static_cast<uint8_t>(fill.from_tail + fill.rows);
+  };
+  const auto complete = [&](BlockId b) {
+    block(b).need = NeedOf(needs_, block(b).tags, position == 0);
+    block(b).need.floor = std::max(block(b).need.floor, sequence->min_format);
+    sequence->blocks.push_back(b);
+  };
+
+  if (fill.format == Format::kBf16) {
+    if (sequence->tail == kNoBlock) {
+      sequence->tail = NewBlock(Format::kBf16, fill.capacity, row, position);
+      Hold(id, sequence->tail);
+      store->tail_row = row;
+      store->tail_capacity = fill.capacity;
+    } else {
+      KvBlock& tail = block(sequence->tail);
+      CountBlock(tail, -1);
+      store->tail_row = tail.unit_row;
+      store->tail_capacity = tail.capacity;
+      if (fill.allocates) {
+        freed_in_step_.emplace_back(tail.unit_row, Units(tail));
+        tail.unit_row = row;
+        tail.capacity = fill.capacity;
+      }
     }
     KvBlock& tail = block(sequence->tail);
-    tail.position = position;
-    std::copy(tokens.begin(), tokens.end(), tail.token.begin() + fill.from_tail);
-    tail.tokens = static_cast<uint8_t>(fill.from_tail + fill.rows);
-    store->unit_row = store->tail_row = tail.unit_row;
-    usage_.tokens[Index(Format::kBf16)] += fill.rows;
-    usage_.tail_tokens += fill.rows;
-    if (!fill.completes()) return;
-    usage_.tail_tokens -= kBlockTokens;
-    usage_.tail_bytes -= BlockBytes(geometry_, Format::kBf16);
-    sequence->blocks.push_back(sequence->tail);
-    sequence->tail = kNone;
+    add_tokens(&tail);
+    CountBlock(tail, 1);
+    store->unit_row = tail.unit_row;
+    store->capacity = tail.capacity;
+    if (fill.completes()) complete(std::exchange(sequence->tail, kNoBlock));
     return;
   }
-  const BlockId id = NewBlock(fill.format, row, position);
-  KvBlock& b = block(id);
+
+  const BlockId b = NewBlock(fill.format, kBlockTokens, row, position);
+  Hold(id, b);
   store->unit_row = store->tail_row = row;
   if (fill.from_tail > 0) {
     KvBlock& tail = block(sequence->tail);
     store->tail_row = tail.unit_row;
-    std::copy_n(tail.token.begin(), fill.from_tail, b.token.begin());
-    tail.tokens = 0;
-    usage_.tokens[Index(Format::kBf16)] -= fill.from_tail;
-    usage_.tail_tokens -= fill.from_tail;
+    store->tail_capacity = tail.capacity;
+    std::copy_n(tail.contents.begin(), fill.from_tail, block(b).contents.begin());
+    std::copy_n(tail.tags.begin(), fill.from_tail, block(b).tags.begin());
+    for (size_t i = 0; i < fill.from_tail; ++i) ++tokens_by_tag_[tail.tags[i]];  // FreeBlock counts them out
+    FreeBlock(std::exchange(sequence->tail, kNoBlock), /*in_step=*/true);
   }
-  std::copy(tokens.begin(), tokens.end(), b.token.begin() + fill.from_tail);
-  b.tokens = kBlockTokens;
-  usage_.tokens[Index(fill.format)] += kBlockTokens;
-  sequence->blocks.push_back(id);
+  add_tokens(&block(b));
+  CountBlock(block(b), 1);
+  complete(b);
 }
 
-void KvCache::TruncateTail(SequenceId id, int32_t length) {
-  Sequence& sequence = Find(id);
-  const int32_t dropped = sequence.length - length;
-  CHECK(dropped >= 0);
-  if (dropped == 0) return;
-  CHECK(sequence.tail != kNone && dropped <= block(sequence.tail).tokens);
-  KvBlock& tail = block(sequence.tail);
-  for (int32_t i = tail.tokens - dropped; i < tail.tokens; ++i) {
-    --tokens_by_tag_[tail.token[static_cast<size_t>(i)].tag];
+// In place. The rows that it leaves can be used at once: converts run before stores.
+void KvCache::ChangeFormat(BlockId id, Format to, Cause cause, std::vector<KvConvert>* converts) {
+  Unlist(id);
+  KvBlock& b = block(id);
+  CHECK(b.complete() && to < b.format && b.capacity == kBlockTokens);
+  const Format from = b.format;
+  if (b.convert_step == step_) {  // not run yet: one conversion does both
+    (*converts)[b.convert_index].to = to;
+  } else {
+    b.convert_step = step_;
+    b.convert_index = converts->size();
+    converts->push_back({.from_row = b.unit_row, .to_row = b.unit_row, .from = from, .to = to});
+    converted_.push_back(id);
   }
-  tail.tokens = static_cast<uint8_t>(tail.tokens - dropped);
-  sequence.length = length;
-  usage_.tokens[Index(Format::kBf16)] -= dropped;
-  usage_.tail_tokens -= dropped;
-  if (sequence.last_step != step_) RefreshView(&sequence);
+  std::vector<SequenceId> shown;
+  for (const SequenceId holder : b.holders) {
+    Sequence& sequence = Find(holder);
+    if (RemoveFromView(&sequence, b)) shown.push_back(holder);
+  }
+  CountBlock(b, -1);
+  const int left = Units(from) - Units(to);
+  allocator_.Free(b.unit_row + static_cast<uint32_t>(Units(to)), left);
+  if (b.users == 0) cached_rows_ -= left;
+  b.format = to;
+  CountBlock(b, 1);
+  for (const SequenceId holder : shown) AddToView(&Find(holder), b);
+  ++demotions_[Index(from)][Index(to)][static_cast<size_t>(cause)];
+  constexpr size_t kRemembered = 16;
+  if (b.history.size() == kRemembered) b.history.erase(b.history.begin());
+  b.history.push_back({from, to, cause, price_, step_});
+  Reorder(id);
 }
 
 void KvCache::FinishStep() {
@@ -295,10 +297,35 @@ void KvCache::FinishStep() {
   freed_in_step_.clear();
   for (const SequenceId id : in_step_) {
     const auto found = sequences_.find(id);
-    if (found != sequences_.end()) RefreshView(&found->second);
+    if (found == sequences_.end()) continue;
+    EnterTree(id, &found->second);
+    Adopt(&found->second);
+    EnterTree(id, &found->second);
+    RefreshView(&found->second);
   }
   in_step_.clear();
+  converted_.clear();
+  RelaxPrice();
   ++step_;
+}
+
+std::vector<SequenceId> KvCache::AbortStep() {
+  std::vector<SequenceId> lost = in_step_;
+  for (const BlockId id : converted_) {
+    KvBlock& b = block(id);
+    if (!b.in_use || b.convert_step != step_) continue;  // dropped since, and perhaps another by now
+    if (b.node != kNoNode) tree_.Hide(b.node);
+    lost.insert(lost.end(), b.holders.begin(), b.holders.end());
+  }
+  std::sort(lost.begin(), lost.end());
+  lost.erase(std::unique(lost.begin(), lost.end()), lost.end());
+  std::erase_if(lost, [this](SequenceId id) { return !sequences_.contains(id); });
+  for (const auto& [row, rows] : freed_in_step_) allocator_.Free(row, rows);
+  freed_in_step_.clear();
+  in_step_.clear();
+  converted_.clear();
+  ++step_;
+  return lost;
 }
 
 // Puts a complete block behind those of its format.
@@ -310,15 +337,26 @@ void KvCache::AddToView(Sequence* sequence, const KvBlock& b) const {
   ++sequence->in_view[Index(b.format)];
 }
 
+// False if the view does not show it: it is matched and the sequence has not got there.
+bool KvCache::RemoveFromView(Sequence* sequence, const KvBlock& b) const {
+  const auto found = std::find_if(sequence->view.begin(), sequence->view.end(),
+                                  [&](const KvBlockRef& ref) { return ref.unit_row == b.unit_row; });
+  if (found == sequence->view.end()) return false;
+  sequence->view.erase(found);
+  --sequence->in_view[Index(b.format)];
+  return true;
+}
+
 // Brings the view up to the table: the blocks completed since, and the tail as it is now.
 void KvCache::RefreshView(Sequence* sequence) const {
   sequence->view.resize(sequence->viewed);  // without the old tail
   for (; sequence->viewed < sequence->blocks.size(); ++sequence->viewed) {
     AddToView(sequence, block(sequence->blocks[sequence->viewed]));
   }
-  if (sequence->tail == kNone || block(sequence->tail).tokens == 0) return;
+  if (sequence->tail == kNoBlock) return;
   const KvBlock& tail = block(sequence->tail);
-  sequence->view.push_back({.unit_row = tail.unit_row, .tokens = tail.tokens, .format = tail.format});
+  sequence->view.push_back(
+      {.unit_row = tail.unit_row, .tokens = tail.tokens, .format = tail.format, .capacity = tail.capacity});
 }
 
 std::span<const KvBlockRef> KvCache::View(SequenceId id) const { return Find(id).view; }
@@ -330,16 +368,29 @@ std::vector<const KvBlock*> KvCache::Blocks(SequenceId id) const {
   std::vector<const KvBlock*> blocks;
   blocks.reserve(sequence.blocks.size() + 1);
   for (const BlockId b : sequence.blocks) blocks.push_back(&block(b));
-  if (sequence.tail != kNone && block(sequence.tail).tokens > 0) blocks.push_back(&block(sequence.tail));
+  if (sequence.tail != kNoBlock) blocks.push_back(&block(sequence.tail));
   return blocks;
 }
 
+std::vector<BlockHandle> KvCache::Handles(SequenceId id) const {
+  const Sequence& sequence = Find(id);
+  std::vector<BlockHandle> handles;
+  for (const BlockId b : sequence.blocks) handles.push_back({b, block(b).serial});
+  if (sequence.tail != kNoBlock) handles.push_back({sequence.tail, block(sequence.tail).serial});
+  return handles;
+}
+
+const KvBlock* KvCache::Block(const BlockHandle& handle) const {
+  const KvBlock& b = block(handle.id);
+  return b.in_use && b.serial == handle.serial ? &b : nullptr;
+}
+
 void KvCache::Compact(const std::function<void(uint32_t from_row, uint32_t to_row, int rows)>& move) {
-  CHECK(in_step_.empty() && freed_in_step_.empty());
+  CHECK(in_step_.empty() && freed_in_step_.empty() && converted_.empty());
   if (allocator_.free_runs().size() <= 1) return;
   std::vector<BlockId> used;
   for (size_t i = 0; i < blocks_.size(); ++i) {
-    if (blocks_[i].users > 0) used.push_back(static_cast<BlockId>(i));
+    if (blocks_[i].in_use) used.push_back(static_cast<BlockId>(i));
   }
   std::sort(used.begin(), used.end(),
             [&](BlockId a, BlockId b) { return block(a).unit_row < block(b).unit_row; });
@@ -353,19 +404,19 @@ void KvCache::Compact(const std::function<void(uint32_t from_row, uint32_t to_ro
     const uint32_t from = b.unit_row;
     if (from == row) return;
     b.unit_row = static_cast<uint32_t>(row);
-    move(from, b.unit_row, Units(b.format));
+    move(from, b.unit_row, Units(b));
   };
   const auto first_above =
       std::partition_point(used.begin(), used.end(), [&](BlockId b) { return block(b).unit_row < middle; });
   int64_t low = 0;
   for (auto b = used.begin(); b != first_above; ++b) {
     place(*b, low);
-    low += Units(block(*b).format);
+    low += Units(block(*b));
   }
   int64_t high = total_rows();
   for (auto b = used.end(); b != first_above;) {
     --b;
-    high -= Units(block(*b).format);
+    high -= Units(block(*b));
     place(*b, high);
   }
   CHECK(high - low == free_rows());
@@ -379,19 +430,21 @@ void KvCache::Compact(const std::function<void(uint32_t from_row, uint32_t to_ro
 }
 
 KvUsage KvCache::Usage(SequenceId id) const {
-  const Sequence& sequence = Find(id);
   KvUsage usage;
-  const auto add = [&](const KvBlock& b) {
-    usage.tokens[Index(b.format)] += b.tokens;
-    usage.bytes[Index(b.format)] += BlockBytes(geometry_, b.format);
-  };
-  for (const BlockId b : sequence.blocks) add(block(b));
-  if (sequence.tail != kNone) {
-    add(block(sequence.tail));
-    usage.tail_tokens = block(sequence.tail).tokens;
-    usage.tail_bytes = BlockBytes(geometry_, Format::kBf16);
+  for (const KvBlock* b : Blocks(id)) {
+    usage.tokens[Index(b->format)] += b->tokens;
+    usage.bytes[Index(b->format)] += Bytes(*b);
+    if (b->complete()) continue;
+    usage.tail_tokens += b->tokens;
+    usage.tail_bytes += Bytes(*b);
   }
   return usage;
+}
+
+Format KvCache::FormatFor(std::span<const KvToken> tokens, bool first_block, Format min_format) const {
+  Sequence sequence;
+  sequence.min_format = min_format;
+  return FormatOfBlock(sequence, nullptr, 0, tokens, first_block ? 0 : 1);
 }
 
 }  // namespace triaxial

@@ -1,58 +1,50 @@
-// The KV cache's bookkeeping: sequences, their block tables, and who owns which unit rows. It allocates and
-// counts; it never touches keys or values, and is tested without a model. One thread (the engine's) uses it.
+// The KV cache's bookkeeping: sequences and their block tables, the prefixes that later sequences find again,
+// which format each block has, and who owns which unit rows. It allocates and counts; it never touches keys
+// or values, and is tested without a model. One thread (the engine's) uses it.
 //
-// A step: Append() for each sequence of the batch, run the kernels on View() and what Append() listed, then
-// FinishStep(). Append() changes the tables at once; views show the appended tokens only after FinishStep(),
-// because attention reads the cache as it was and takes the step's own tokens from the step.
+// A step: what must make room (Reclaim, AgeBlocks, Compact) first, then Append() for each sequence of the
+// batch, then the kernels on View() and on what was listed, then FinishStep(). Append() changes the tables at
+// once; views show the appended tokens only after FinishStep(), because attention reads the cache as it was
+// and takes the step's own tokens from the step.
+//
+// Complete blocks of shared sequences are known by what they hold (kv/prefix_tree.h). A block that no
+// sequence uses any more stays, until its rows are needed.
 #ifndef TRIAXIAL_KV_CACHE_H_
 #define TRIAXIAL_KV_CACHE_H_
 
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <span>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "base/status.h"
 #include "kv/arena.h"
+#include "kv/block.h"
 #include "kv/format.h"
-#include "kv/tag.h"
+#include "kv/need.h"
+#include "kv/prefix_tree.h"
 #include "kv/view.h"
 
 namespace triaxial {
 
-using SequenceId = int64_t;
-using BlockId = int32_t;
-
-// A token about to be appended: what it is and what its tag deserves.
-struct KvToken {
-  uint8_t tag = 0;  // Tag::index()
-  Format wish = Format::kBf16;
+// What a new sequence will hold, to find what is there already.
+struct KvPrompt {
+  std::string_view salt;  // blocks are shared among sequences of one salt
+  std::span<const KvToken> tokens;
+  Format min_format = Format::kK2V2;  // a cached block of fewer bits is none
 };
 
-struct KvBlock {
-  uint32_t unit_row = 0;
-  int32_t position = 0;  // of its first token in the sequence
-  uint8_t tokens = 0;    // 64 once complete
-  Format format = Format::kBf16;
-  int32_t users = 0;  // sequences whose table holds it; 0: free slot
-  std::array<KvToken, kBlockTokens> token{};
-};
-
-// Bytes and tokens in use, from the blocks themselves.
-struct KvUsage {
-  std::array<int64_t, kFormats> tokens{};
-  std::array<int64_t, kFormats> bytes{};  // whole blocks, metadata included; a tail counts all of its block
-  int64_t tail_tokens = 0;                // the part of `tokens`/`bytes` [kBf16] that are tails of sequences
-  int64_t tail_bytes = 0;
-  int64_t total_tokens() const;
-  int64_t total_bytes() const;
-  // Stored bits per element, metadata and tails included; 0 for an empty cache.
-  double effective_bits(const KvGeometry& geometry) const;
-  KvUsage& operator+=(const KvUsage& other);
-  bool operator==(const KvUsage&) const = default;
+// What the cache has of a prompt. The last token is never among it: it has to be computed.
+struct KvMatch {
+  int32_t begin = 0;      // leading tokens that are there
+  int32_t stop = 0;       // where the next cached run begins behind `begin`; the prompt's end if none does
+  int32_t tokens = 0;     // in all runs
+  int64_t idle_rows = 0;  // unit rows of matched blocks that no sequence uses now
 };
 
 // What committing an append will do, for the kernels. Capacity is kept between steps.
@@ -61,36 +53,87 @@ struct KvAppend {
   std::vector<KvStore> stores;      // to run after attention; row_begin is relative to the appended tokens
 };
 
+// Blocks by [from][to][cause] that were re-quantized.
+using KvDemotions = std::array<std::array<std::array<int64_t, kCauses>, kFormats>, kFormats>;
+
 class KvCache {
  public:
-  KvCache(const KvGeometry& geometry, int64_t total_rows);
+  KvCache(const KvGeometry& geometry, int64_t total_rows, const TagNeeds& needs,
+          PrefixTree::Hash hash = PrefixTree::DefaultHash);
 
-  // A complete block stays BF16 while any of its tokens is among the sequence's newest `recent_window` in the
-  // cache; then it takes the BlockFormat of its tokens' wishes: when it is stored, or by a conversion at the
-  // start of the next step.
-  SequenceId CreateSequence(int recent_window);
-  // Releases every block that no other sequence uses, and the tail; reusable at once unless the sequence
-  // takes part in the current step. Unknown ids are a CHECK, here and below.
+  KvMatch Match(const KvPrompt& prompt) const;
+  // A sequence that begins with what Match finds: Length() is match.begin. Matched blocks are its own from
+  // now on, and take the age of its tags: those that deserve less wait to be re-quantized (AgeBlocks).
+  SequenceId CreateSequence(const KvPrompt& prompt);
+  // One that shares nothing.
+  SequenceId CreateSequence();
+  // Its complete blocks stay for others to find, if it shares; the rest is released, and reusable at once
+  // unless the sequence takes part in the current step. Unknown ids are a CHECK, here and below.
   void FreeSequence(SequenceId id);
 
+  // Tokens that it found in the cache and has kept or will come to.
+  int32_t MatchedTokens(SequenceId id) const;
+  // Tokens that may be appended before the next matched run begins, of which Length() then takes hold.
+  int32_t NextStop(SequenceId id) const;
   // Unit rows that appending `tokens` would take beyond what is in use now. Allocates nothing.
   int64_t RowsToAppend(SequenceId id, std::span<const KvToken> tokens) const;
-  // Allocates and records the append, at most one a step for a sequence (CHECK); overwrites `append` with
-  // what the kernels must do. ResourceExhausted, and nothing changed, if rows are missing or no run is long
-  // enough. Rows that conversions leave are reusable only after FinishStep().
+  // Allocates and records the append, at most one a step for a sequence, of at most NextStop tokens (CHECK);
+  // overwrites `append` with what the kernels must do. ResourceExhausted, and nothing changed, if rows are
+  // missing or no run is long enough.
   Status Append(SequenceId id, std::span<const KvToken> tokens, KvAppend* append);
-  // Drops the newest tokens of a sequence down to `length`; only tokens still in the tail can be dropped
-  // (CHECK).
-  void TruncateTail(SequenceId id, int32_t length);
-  // Call once after the kernels of a step ran.
+  // Call once after the kernels of a step ran. Completed blocks can be found from now on.
   void FinishStep();
+  // Instead, if they failed: what the step wrote is not to be trusted. Nobody will find those blocks; the
+  // sequences that hold them, to be freed by the caller, are returned.
+  std::vector<SequenceId> AbortStep();
 
   // The sequence's blocks sorted by format (tail last among bf16), without what the current step appends but
-  // with its conversions. Valid until FinishStep, TruncateTail, Compact or FreeSequence.
+  // with its conversions. Valid until any other call that changes the cache.
   std::span<const KvBlockRef> View(SequenceId id) const;
   int32_t Length(SequenceId id) const;
-  // Its blocks in order of position, the tail last; the step's appends included. Valid until the next Append.
+  // Its blocks in order of position, the tail last; the step's appends included. Valid until the next change.
   std::vector<const KvBlock*> Blocks(SequenceId id) const;
+
+  // The same as handles, and the block behind one: nullptr once it is gone.
+  std::vector<BlockHandle> Handles(SequenceId id) const;
+  const KvBlock* Block(const BlockHandle& handle) const;
+
+  // Writes a block that leaves the cache to a place of rest.
+  using Sleep = std::function<void(const KvBlock& block, const BlockKey& key, const BlockKey& parent)>;
+  // Brings free rows up to `rows`, if it can, in this order:
+  //  1. re-quantizes blocks, least loss per byte first, as long as that costs at most kPatience times the
+  //     price at rest;
+  //  2. drops blocks that nobody uses, least valuable first (`sleep` sees them, if given);
+  //  3. re-quantizes down to the floors.
+  // Conversions are in place, to be run before the step's attention; their rows can be used at once by stores
+  // of this step. Without `converts` only the second happens, and the rows are free for anything. Only before
+  // the step's first Append (CHECK). Returns the free rows.
+  int64_t Reclaim(int64_t rows, std::vector<KvConvert>* converts, const Sleep& sleep);
+  // Re-quantizes up to `blocks` of those that wait since their tags grew older, in place, as above.
+  void AgeBlocks(int blocks, std::vector<KvConvert>* converts);
+  int64_t ageing() const { return static_cast<int64_t>(ageing_.size()); }
+  // Likewise up to `blocks`, cheapest loss per byte first, while complete blocks have more bits than the
+  // budget and fill more than half of the arena.
+  void KeepBudget(int blocks, std::vector<KvConvert>* converts);
+  // Rows that Reclaim can bring: of blocks that nobody uses, and of blocks above their floor.
+  int64_t ReclaimableRows() const { return cached_rows_ + slack_rows_; }
+  static constexpr double kPatience = 8;
+  // Puts all blocks that nobody uses to rest; they stay.
+  void SleepAll(const Sleep& sleep);
+
+  // For blocks that come back. The deepest node of the longest run of cached blocks of a prompt (pinned, to
+  // be unpinned by the caller), the number of its blocks, and the node's key.
+  struct Waking {
+    NodeId node = kNoNode;
+    int32_t blocks = 0;
+    BlockKey key;
+  };
+  Waking BeginWaking(const KvPrompt& prompt);
+  // Adds a block behind waking->node and moves on, if a run of rows is free and `fill` could bring its bytes
+  // there; else false, and nothing changed.
+  bool Wake(Format format, std::span<const KvToken> tokens, const std::function<bool(uint32_t unit_row)>& fill,
+            Waking* waking);
+  void EndWaking(const Waking& waking);
 
   // True if appends that take `rows` in all fit, after compaction at the latest.
   bool Fits(int64_t rows) const { return rows <= allocator_.free_rows(); }
@@ -99,39 +142,53 @@ class KvCache {
   // Slides blocks together so that all free rows form one run. Calls move(from_row, to_row, rows) in an order
   // in which each move's destination is free or overlaps only its own source. Only between steps (CHECK).
   void Compact(const std::function<void(uint32_t from_row, uint32_t to_row, int rows)>& move);
+  // Forgets every cached prefix, those of running sequences too (they keep their blocks).
+  void DropCached();
 
-  const KvUsage& Usage() const { return usage_; }  // all blocks, each once
+  const KvUsage& Usage() const { return usage_; }  // all blocks, each once, cached ones too
   KvUsage Usage(SequenceId id) const;              // those of one sequence
   const std::array<int64_t, kTags>& TokensByTag() const { return tokens_by_tag_; }
   int64_t free_rows() const { return allocator_.free_rows(); }
   int64_t total_rows() const { return allocator_.total_rows(); }
+  int64_t cached_rows() const { return cached_rows_; }      // of blocks that no sequence uses
+  int64_t cached_tokens() const { return cached_tokens_; }  // in them
+  double price() const { return price_; }
+  const KvDemotions& demotions() const { return demotions_; }
+  int64_t evictions() const { return evictions_; }
+  int64_t step() const { return step_; }
   const KvGeometry& geometry() const { return geometry_; }
+  const TagNeeds& needs() const { return needs_; }
+  // The format that a complete block of these tokens takes now.
+  Format FormatFor(std::span<const KvToken> tokens, bool first_block, Format min_format) const;
 
-  // Free + used rows equal the arena, no two blocks overlap, users equal the tables that hold a block,
-  // counters and views agree with the blocks. Internal error that says which. O(everything): for tests and
-  // idle times.
+  // Free + used rows equal the arena, no two blocks overlap, users equal the tables that hold a block, the
+  // tree and the orders of demotion and eviction agree with the blocks, and so do counters and views.
+  // Internal error that says which. O(everything): for tests and on demand.
   Status CheckIntegrity() const;
 
  private:
   struct Sequence {
     std::vector<BlockId> blocks;  // complete, in order of position
-    BlockId tail = -1;            // kept, possibly without tokens, until it becomes a BF16 block; -1: none
+    std::vector<BlockId> ahead;   // matched runs to come, last first
+    BlockId tail = kNoBlock;
     int32_t length = 0;
-    int32_t recent_window = 0;
+    NodeId node = kNoNode;  // of the deepest of `blocks` that are in the tree, pinned; none: shares nothing
+    Format min_format = Format::kK2V2;
+    size_t entered = 0;                       // blocks before this one are in the tree
     size_t settled = 0;                       // blocks before this one have left the recent window
     int64_t last_step = 0;                    // in which it was appended to
     std::vector<KvBlockRef> view;             // complete blocks by format, then the tail
     std::array<int32_t, kFormats> in_view{};  // complete blocks of each format in `view`
     size_t viewed = 0;                        // complete blocks in `view`: the first so many of `blocks`
   };
-  // What an append does to one block: fills it further, or completes it.
+  // What an append does to one block: fills the tail further, moves it to a larger place, or completes it.
   struct Fill {
     int32_t row_begin = 0;
     uint8_t from_tail = 0;
     uint8_t rows = 0;
     Format format = Format::kBf16;  // that it has afterwards
+    uint8_t capacity = kBlockTokens;
     bool allocates = false;
-    bool in_place() const { return format == Format::kBf16; }
     bool completes() const { return from_tail + rows == kBlockTokens; }
   };
   struct Plan {
@@ -146,31 +203,81 @@ class KvCache {
   const KvBlock& block(BlockId id) const { return blocks_[static_cast<size_t>(id)]; }
   KvBlock& block(BlockId id) { return blocks_[static_cast<size_t>(id)]; }
   int Units(Format format) const { return UnitsOf(geometry_, format); }
+  int UnitsOfTail(int capacity) const { return Units(Format::kBf16) * capacity / kBlockTokens; }
+  int Units(const KvBlock& b) const {
+    return b.format == Format::kBf16 ? UnitsOfTail(b.capacity) : Units(b.format);
+  }
+  int64_t Bytes(const KvBlock& b) const {
+    return int64_t{Units(b)} * UnitRowBytes(geometry_) * geometry_.num_layers;
+  }
 
+  // cache.cc
+  Format FormatOfBlock(const Sequence& sequence, const KvBlock* tail, size_t from_tail,
+                       std::span<const KvToken> rows, int64_t position) const;
   void MakePlan(const Sequence& sequence, std::span<const KvToken> tokens) const;  // into plan_
   Status AllocatePlan(size_t tokens);                                              // into rows_
-  void Convert(Sequence* sequence, BlockId id, Format to, uint32_t to_row, KvAppend* append);
-  void Extend(Sequence* sequence, const Fill& fill, std::span<const KvToken> tokens, uint32_t row,
-              KvStore* store);
-  BlockId NewBlock(Format format, uint32_t unit_row, int32_t position);
-  void ReleaseBlock(BlockId id, bool in_step);
+  void Extend(SequenceId id, Sequence* sequence, const Fill& fill, std::span<const KvToken> tokens,
+              uint32_t row, KvStore* store);
+  BlockId NewBlock(Format format, int capacity, uint32_t unit_row, int32_t position);
+  void FreeBlock(BlockId id, bool in_step);
+  void CountBlock(const KvBlock& b, int sign);
+  void ChangeFormat(BlockId id, Format to, Cause cause, std::vector<KvConvert>* converts);
   void AddToView(Sequence* sequence, const KvBlock& block) const;
+  bool RemoveFromView(Sequence* sequence, const KvBlock& block) const;
   void RefreshView(Sequence* sequence) const;
+
+  // cache_reuse.cc
+  NodeId ChildOf(NodeId node, std::span<const KvToken> tokens) const;
+  void Hold(SequenceId id, BlockId b);
+  void Release(SequenceId id, BlockId b, bool in_step);
+  void MoveTo(Sequence* sequence, NodeId node);
+  void Pin(NodeId node);
+  void Unpin(NodeId node);
+  void Adopt(Sequence* sequence);
+  void MeetNeed(const Sequence& sequence, BlockId b, std::span<const KvToken> tokens);
+  void EnterTree(SequenceId id, Sequence* sequence);
+
+  // cache_reclaim.cc
+  void Reorder(BlockId id);  // its places among the blocks to demote and to drop
+  void Unlist(BlockId id);   // out of both
+  double ValueOf(const KvBlock& b) const;
+  int FloorRows(const KvBlock& b) const;
+  void RelaxPrice();
+  bool Demote(double limit, Cause cause, std::vector<KvConvert>* converts);
+  bool Evict(const Sleep& sleep);
+  void SleepBlock(const KvBlock& b, const Sleep& sleep);
+
   Status CheckSequence(const Sequence& sequence) const;
+  Status CheckTree() const;
 
   KvGeometry geometry_;
+  TagNeeds needs_;
   UnitAllocator allocator_;
+  PrefixTree tree_;
   std::vector<KvBlock> blocks_;
   std::vector<BlockId> free_blocks_;
   std::unordered_map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 1;
+  int64_t next_serial_ = 1;
 
   int64_t step_ = 1;
   std::vector<SequenceId> in_step_;                      // appended to since the last FinishStep
   std::vector<std::pair<uint32_t, int>> freed_in_step_;  // (row, rows)
+  std::vector<BlockId> converted_;                       // in this step
+
+  std::set<std::pair<double, BlockId>> demotable_;  // by loss per byte of the next step down
+  std::set<std::pair<double, BlockId>> evictable_;  // by value
+  std::vector<BlockId> ageing_;  // deserve less since they were matched; may hold stale ids
+  double price_ = 0;
+  double clock_ = 0;  // what a block that costs nothing would be worth now
+  int64_t cached_rows_ = 0;
+  int64_t cached_tokens_ = 0;
+  int64_t slack_rows_ = 0;
 
   KvUsage usage_;
   std::array<int64_t, kTags> tokens_by_tag_{};
+  KvDemotions demotions_{};
+  int64_t evictions_ = 0;
 
   mutable Plan plan_;           // scratch of RowsToAppend and Append
   std::vector<uint32_t> rows_;  // scratch of Append: first rows of what plan_ allocates, in its order

@@ -43,6 +43,12 @@ TagNeeds TagNeeds::Uniform(Format format) {
   return needs;
 }
 
+TagNeeds TagNeeds::ByIndex() {
+  TagNeeds needs = Uniform(Format::kBf16);
+  for (size_t f = 0; f < kFormats; ++f) needs.wish[f] = static_cast<Format>(f);
+  return needs;
+}
+
 TagNeeds ResolveNeeds(const Policy& policy, const KvGeometry& geometry, bool two_bit_keys,
                       double budget_bits) {
   TagNeeds needs;
@@ -59,8 +65,10 @@ TagNeeds ResolveNeeds(const Policy& policy, const KvGeometry& geometry, bool two
     needs.loss[t] = policy.distortion[t];
   }
   if (policy.priced) {
-    const double bits = budget_bits > 0 ? budget_bits : policy.budget_bits;
-    needs.rest_price = bits > 0 ? PriceForBudget(needs, policy.counts, geometry, bits) : policy.price;
+    needs.budget_bits = budget_bits > 0 ? budget_bits : policy.budget_bits;
+    needs.rest_price = needs.budget_bits > 0
+                           ? PriceForBudget(needs, policy.counts, geometry, needs.budget_bits)
+                           : policy.price;
   }
   return needs;
 }
@@ -94,8 +102,16 @@ BlockNeed NeedOf(const TagNeeds& needs, std::span<const uint8_t> tags, bool firs
   return need;
 }
 
+Format FloorFormat(const TagNeeds& needs, const BlockNeed& need) {
+  for (int f = static_cast<int>(need.floor); f < kFormats; ++f) {
+    if (needs.allowed[static_cast<size_t>(f)]) return static_cast<Format>(f);
+  }
+  return Format::kBf16;
+}
+
 Format Choose(const TagNeeds& needs, const BlockNeed& need, const KvGeometry& geometry, double price) {
   if (!needs.priced) return std::max(need.wish, need.floor);
+  if (std::isinf(price)) return FloorFormat(needs, need);
   Format best = Format::kBf16;
   double least = std::numeric_limits<double>::infinity();
   ForEachAllowed(needs, need.floor, [&](Format f) {
@@ -105,6 +121,12 @@ Format Choose(const TagNeeds& needs, const BlockNeed& need, const KvGeometry& ge
     best = f;
   });
   return best;
+}
+
+Format FormatOfTag(const TagNeeds& needs, const KvGeometry& geometry, uint8_t tag) {
+  std::array<uint8_t, kBlockTokens> tags;
+  tags.fill(tag);
+  return Choose(needs, NeedOf(needs, tags, /*first_block=*/false), geometry, needs.rest_price);
 }
 
 DemotionStep NextDemotion(const TagNeeds& needs, const BlockNeed& need, const KvGeometry& geometry,

@@ -29,7 +29,8 @@ struct TagNeeds {
   std::array<std::array<float, kFormats>, kTags> loss{};  // of a priced policy, per token; falls with bits
   Format sink = Format::kK2V2;                            // the floor of a sequence's first block
   int recent_window = 0;
-  double rest_price = 0;  // per byte of one KV head and layer (HeadBytes), of a priced policy
+  double rest_price = 0;   // per byte of one KV head and layer (HeadBytes), of a priced policy
+  double budget_bits = 0;  // effective bits that it may rest at; 0: no budget
   // Formats that blocks may take: with the rotated codec and no calibration, 2-bit keys are none of them.
   std::array<bool, kFormats> allowed = [] {
     std::array<bool, kFormats> all{};
@@ -38,6 +39,8 @@ struct TagNeeds {
   }();
 
   static TagNeeds Uniform(Format format);
+  // Tag f wishes for format f, for tests and benchmarks that say each token's format.
+  static TagNeeds ByIndex();
 };
 // The policy for a cache. Without `two_bit_keys` the fewest bits of a key are 4. A `budget_bits` above 0
 // replaces the policy's own.
@@ -57,6 +60,12 @@ BlockNeed NeedOf(const TagNeeds& needs, std::span<const uint8_t> tags, bool firs
 
 // The format that a block takes at a price; at price 0 of a priced policy, the most precise one.
 Format Choose(const TagNeeds& needs, const BlockNeed& need, const KvGeometry& geometry, double price);
+
+// What a block takes at rest if all its tokens have one tag.
+Format FormatOfTag(const TagNeeds& needs, const KvGeometry& geometry, uint8_t tag);
+
+// The fewest bits that it may have.
+Format FloorFormat(const TagNeeds& needs, const BlockNeed& need);
 
 // The next cheaper format for a block that has `format`, and the loss per byte of going there: the step of
 // least slope down the convex hull of loss over bytes, so that the slopes of successive steps rise.

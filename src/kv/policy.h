@@ -39,6 +39,7 @@ struct Policy {
   std::vector<PolicyRule> pins;        // of both kinds: tokens of these tags never get less than this format
   std::array<Format, kTags> floor{};   // the pins, resolved: the most that any asks for
   Format sink = Format::kK2V2;         // a sequence's first block never gets less
+  Json provenance;                     // where it comes from, for people and tools; null if it does not say
 
   Format FormatOf(const Tag& tag) const { return table[static_cast<size_t>(tag.index())]; }
 };
@@ -47,15 +48,25 @@ inline constexpr int kPolicyVersion = 1;
 
 // Built-in names: "bf16", "int4", "int2", "kivi", "paper".
 std::vector<std::string_view> BuiltinPolicies();
-// A built-in by name, else a JSON file:
-//   {"version": 1, "name": "...", "description": "...", "rules": [{"match": "*/image/*", "format": "k2v2"},
-//   ...],
-//    "recent_window": 0}
-// Every tag must be matched by some rule. Errors name the file, the field and the remedy; unknown fields are
-// errors.
+// A built-in by name, else a JSON file, fixed or priced:
+//   {"version": 1, "name": "...", "description": "...", "recent_window": 0,
+//    "rules": [{"match": "*/image/*", "format": "k2v2"}, ...]}
+//   {"version": 1, "name": "...", "distortion": {"current/text/inst": {"k2v2": 3e-4, "k4v4": 2e-6}, ...},
+//    "counts": {"current/text/inst": 812, ...}, "budget_bits": 2.8}      (or "price": 1e-9)
+// and in both kinds, optionally, "pins": [{"match": "*/*/inst", "format": "k4v4"}], "sink": "k4v4" and
+// "provenance": {...}, free but for the types of model, model_hash, tokenizer_hash, data_hash, codec, metric,
+// date, tool_version (strings), layers (integers), conversations (an integer) and predicted_loss (a number).
+//
+// Keys of `distortion` are patterns too; the first match wins and every tag must be matched by some rule or
+// entry. Losses are of one token, finite, not negative, and fall with bits; bf16 loses nothing. A format
+// missing from an entry has not been measured: it counts as no better than the next one of fewer bits (the
+// format of fewest bits is required), so that no price makes a block take it.
+// Errors name the file, the field and the remedy; unknown fields are errors.
 Result<Policy> LoadPolicy(const std::string& name_or_path);
 Result<Policy> ParsePolicy(const Json& json, std::string_view what);
 Json PolicyToJson(const Policy& policy);
+// Fills policy->table from its rules; InvalidArgument that begins with `what` unless they cover all tags.
+Status ResolveRules(const std::string& what, Policy* policy);
 
 // The format of a block whose tokens wish for `wishes` (usually 64, at least 1): the median wish in the order
 // of Format, that is, by bits; a tie takes the more precise one. So at most half of a block's tokens get less

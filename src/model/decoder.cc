@@ -142,6 +142,12 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
   const int64_t size = ByteSize(element_);
   CHECK(batch.positions.size() == batch.tokens.size() && arena->geometry() == geometry_);
 
+  if (rows == 0) {  // a step that only converts
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      ConvertKv(geometry_, clip_, arena->LayerData(static_cast<int>(i)), batch.converts);
+    }
+    return;
+  }
   auto* hidden = hidden_.Reserve<float>(rows * width);
   auto* cos = cos_.Reserve<float>(rows * config_.head_dim / 2);
   auto* sin = sin_.Reserve<float>(rows * config_.head_dim / 2);
@@ -166,7 +172,7 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
     RmsNorm(hidden, layer.input_norm.data(), eps, rows, width, element_, normed);
     layer.qkv.Run(normed, rows, qkv);
     SplitHeads(layer, rows, qkv, cos, sin, q, k, v);
-    if (observer_) observer_(static_cast<int>(i), rows, q, k);
+    if (observer_) observer_(static_cast<int>(i), rows, q, k, v);
     attention_.Run({.geometry = geometry_,
                     .num_heads = config_.num_heads,
                     .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),

@@ -25,9 +25,10 @@ enum class Precision {
   kF32,   // everything in F32: the reference mode
 };
 
-// Sees what attention reads in each layer of each step, rotated if the codec is: q
-// [rows][num_heads][head_dim], k [rows][num_kv_heads][head_dim].
-using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, const float* k)>;
+// Sees what attention reads and the cache stores in each layer of each step, rotated if the codec is: q
+// [rows][num_heads][head_dim], k and v [rows][num_kv_heads][head_dim]. What it writes to k and v is what the
+// step attends to and stores.
+using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, float* k, float* v)>;
 
 enum class Device {
   kAuto,  // a GPU if there is one and the options are for it, else the CPU

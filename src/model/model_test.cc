@@ -298,8 +298,8 @@ TEST(Model, DecodesSequencesTogetherAsAlone) {
   // Both prompts in one step without their last tokens, then both last tokens in another.
   auto arena = KvArena::Create(model->geometry(), 8 * BlockBytes(model->geometry(), Format::kBf16));
   ASSERT_TRUE(arena.ok());
-  KvCache cache(model->geometry(), arena->total_rows());
-  const SequenceId ids[] = {cache.CreateSequence(0), cache.CreateSequence(0)};
+  KvCache cache(model->geometry(), arena->total_rows(), TagNeeds::Uniform(Format::kBf16));
+  const SequenceId ids[] = {cache.CreateSequence(), cache.CreateSequence()};
   const std::vector<int32_t>* prompts[] = {&a, &b};
   std::vector<float> logits(2 * kVocab);
   for (const bool last : {false, true}) {

@@ -8,16 +8,16 @@ namespace triaxial {
 
 SingleSequence::SingleSequence(Model* model, Format format, std::unique_ptr<KvMemory> memory)
     : model_(model),
-      format_(format),
       memory_(std::move(memory)),
-      cache_(memory_->geometry(), memory_->total_rows()),
-      id_(cache_.CreateSequence(0)) {}
+      cache_(memory_->geometry(), memory_->total_rows(), TagNeeds::Uniform(format)),
+      id_(cache_.CreateSequence()) {}
 
 Result<std::unique_ptr<SingleSequence>> SingleSequence::Create(Model* model, Format format,
                                                                int32_t max_tokens) {
   const KvGeometry geometry = model->geometry();
-  // A step's completed blocks take their place before the tail gives its own back.
-  const int64_t blocks = max_tokens / kBlockTokens + 2;
+  // A step's completed blocks take their place before the tail gives its own back, and a tail that grows lies
+  // beside its old place.
+  const int64_t blocks = max_tokens / kBlockTokens + 4;
   ASSIGN_OR_RETURN(std::unique_ptr<KvMemory> memory,
                    model->AllocateKv(blocks * BlockBytes(geometry, Format::kBf16)));
   return std::unique_ptr<SingleSequence>(new SingleSequence(model, format, std::move(memory)));
@@ -25,7 +25,7 @@ Result<std::unique_ptr<SingleSequence>> SingleSequence::Create(Model* model, For
 
 void SingleSequence::Clear() {
   cache_.FreeSequence(id_);
-  id_ = cache_.CreateSequence(0);
+  id_ = cache_.CreateSequence();
 }
 
 Status SingleSequence::Append(std::span<const int32_t> tokens,
@@ -52,7 +52,7 @@ Status SingleSequence::Append(std::span<const int32_t> tokens,
     for (int32_t row = std::max(begin, total - logits_rows); row < end; ++row) {
       batch_.logits_rows.push_back(row - begin);
     }
-    tokens_.assign(static_cast<size_t>(end - begin), KvToken{.tag = 0, .wish = format_});
+    tokens_.assign(static_cast<size_t>(end - begin), KvToken{});
     RETURN_IF_ERROR(cache_.Append(id_, tokens_, &append_));
     batch_.converts = append_.converts;
     batch_.stores = append_.stores;

@@ -44,7 +44,6 @@ class SingleSequence {
   SingleSequence(Model* model, Format format, std::unique_ptr<KvMemory> memory);
 
   Model* model_;
-  Format format_;
   std::unique_ptr<KvMemory> memory_;
   KvCache cache_;
   SequenceId id_;

@@ -12,8 +12,8 @@ namespace triaxial {
 // Query vectors of an item: its rows times the query heads of the group, [row][head]. A multiple of four, the
 // register block of all kernels.
 inline constexpr int kItemQueries = 64;
-inline constexpr int kFewQueries =
-    4;  // up to so many read FP8 codes directly; more of them expand a tile first
+// Up to so many queries read FP8 codes directly; more of them expand a tile first.
+inline constexpr int kFewQueries = 8;
 inline constexpr int kMaxHeadDim = 128;
 inline constexpr int kSumLanes = 16;  // the widest vector
 inline constexpr int kMaxChannelGroups = kMaxHeadDim / kPaperGroup;

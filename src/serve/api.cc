@@ -83,6 +83,7 @@ class ApiServerImpl : public ApiServer {
         {"GET", "/metrics", true, &ApiServerImpl::GetMetrics},
         {"GET", "/v1/models", false, &ApiServerImpl::Models},
         {"GET", "/v1/kv", false, &ApiServerImpl::Kv},
+        {"POST", "/v1/kv/check", false, &ApiServerImpl::KvCheck},
         {"GET", kKvOfAnswer, false, &ApiServerImpl::KvOfAnswer},
         {"POST", "/v1/chat/completions", false, &ApiServerImpl::Chat},
         {"POST", "/v1/completions", false, &ApiServerImpl::Complete},
@@ -129,6 +130,12 @@ class ApiServerImpl : public ApiServer {
   }
 
   void Kv(Call&& call) { SendJson(KvSnapshotJson(engine_->Snapshot()), call.responder.get()); }
+
+  void KvCheck(Call&& call) {
+    const Status integrity = engine_->CheckIntegrity();
+    SendJson({{"ok", integrity.ok()}, {"error", integrity.ok() ? Json(nullptr) : Json(integrity.message())}},
+             call.responder.get());
+  }
 
   void KvOfAnswer(Call&& call) {
     const std::string id = call.request.path.substr(kKvOfAnswer.size());

@@ -54,6 +54,9 @@ class FakeEngine : public Engine {
     return blocks;
   }
 
+  Status CheckIntegrity() override { return integrity; }
+  Status integrity;
+
   Request last() {
     const std::lock_guard lock(mutex_);
     return requests_.back();
@@ -245,6 +248,18 @@ TEST_F(ApiTest, TheBlocksOfAnAnswerAreShownToWhoAskedForIt) {
   engine_->snapshot.evictions = 5;
   EXPECT_EQ(Ask("GET", "/v1/kv").status, 401);
   EXPECT_EQ(Ask("GET", "/v1/kv", "", "two").json()["evictions"], 5);
+}
+
+TEST_F(ApiTest, TheCacheIsCountedOnDemand) {
+  ApiOptions options;
+  options.api_keys = {"one"};
+  Serve(std::move(options));
+  EXPECT_EQ(Ask("POST", "/v1/kv/check").status, 401);
+  EXPECT_EQ(Ask("POST", "/v1/kv/check", "", "one").json(), (Json{{"ok", true}, {"error", nullptr}}));
+  engine_->integrity = Internal("block 3 lies in two places");
+  const Answer answer = Ask("POST", "/v1/kv/check", "", "one");
+  EXPECT_EQ(answer.status, 200);
+  EXPECT_EQ(answer.json(), (Json{{"ok", false}, {"error", "block 3 lies in two places"}}));
 }
 
 TEST_F(ApiTest, RecordsWhatFinishedAndNothingElse) {

@@ -39,7 +39,7 @@ Json DemotionsJson(const EngineSnapshot& snapshot) {
 
 Json TagsJson(const KvBlock& block) {
   std::array<int, kTags> counts{};
-  for (size_t i = 0; i < block.tokens; ++i) ++counts[block.token[i].tag];
+  for (size_t i = 0; i < block.tokens; ++i) ++counts[block.tags[i]];
   Json json = Json::object();
   for (int t = 0; t < kTags; ++t) {
     if (counts[static_cast<size_t>(t)] > 0) json[Name(Tag::FromIndex(t))] = counts[static_cast<size_t>(t)];
@@ -47,10 +47,26 @@ Json TagsJson(const KvBlock& block) {
   return json;
 }
 
-Format WishOf(const KvBlock& block) {
-  std::array<Format, kBlockTokens> wishes{};
-  for (size_t i = 0; i < block.tokens; ++i) wishes[i] = block.token[i].wish;
-  return BlockFormat(std::span(wishes).first(block.tokens));
+// A fixed policy's wish, or what each format would cost under a priced one.
+void AddNeed(const BlockNeed& need, Json* json) {
+  (*json)["floor"] = std::string(Name(need.floor));
+  if (need.loss == decltype(need.loss){}) {
+    (*json)["wish"] = std::string(Name(need.wish));
+    return;
+  }
+  for (int f = 0; f < kFormats; ++f) (*json)["loss"][FormatName(f)] = need.loss[static_cast<size_t>(f)];
+}
+
+Json HistoryJson(const KvBlock& block) {
+  Json json = Json::array();
+  for (const KvChange& change : block.history) {
+    json.push_back({{"from", std::string(Name(change.from))},
+                    {"to", std::string(Name(change.to))},
+                    {"cause", std::string(Name(change.cause))},
+                    {"price", change.price},
+                    {"step", change.step}});
+  }
+  return json;
 }
 
 }  // namespace
@@ -85,16 +101,18 @@ Json KvBlocksJson(const std::string& id, const std::vector<KvBlock>& blocks, con
   Json list = Json::array();
   for (const KvBlock& block : blocks) {
     const auto format = static_cast<size_t>(block.format);
-    const int64_t size = BlockBytes(geometry, block.format);
+    const int64_t size = BlockBytes(geometry, block.format) * block.capacity / kBlockTokens;
     bytes[format] += size;
     tokens[format] += block.tokens;
     Json json = {{"position", block.position},
                  {"tokens", block.tokens},
                  {"format", std::string(Name(block.format))},
                  {"bytes", size}};
-    if (block.tokens > 0) json["wish"] = std::string(Name(WishOf(block)));
+    if (block.complete()) AddNeed(block.need, &json);
     json["tags"] = TagsJson(block);
     json["users"] = block.users;
+    json["cached"] = block.node != kNoNode;
+    json["history"] = HistoryJson(block);
     list.push_back(std::move(json));
   }
   return {{"id", id}, {"blocks", std::move(list)}, {"formats", TotalsJson(bytes, tokens)}};

@@ -106,7 +106,7 @@ EngineSnapshot BusySnapshot() {
   snapshot.kv.tokens = {1, 2, 3, 4};
   snapshot.cached_tokens = 6;
   snapshot.price = 0.125;
-  snapshot.demotions[3][0][static_cast<size_t>(Cause::kAge)] = 5;
+  snapshot.demotions[static_cast<size_t>(Format::kBf16)][0][static_cast<size_t>(Cause::kAge)] = 5;
   snapshot.demotions[2][1][static_cast<size_t>(Cause::kPressure)] = 7;
   snapshot.evictions = 8;
   snapshot.prefix_queries = 100;
@@ -144,9 +144,12 @@ TEST(KvPageTest, TheBlocksOfAnAnswer) {
   blocks[0].users = 2;
   const Tag old{Temporal::kM1, Modal::kText, Semantic::kObs}, now{};
   for (size_t i = 0; i < kBlockTokens; ++i) {
-    blocks[0].token[i] = {static_cast<uint8_t>((i < 12 ? old : now).index()), Format::kK2V2};
+    blocks[0].tags[i] = static_cast<uint8_t>((i < 12 ? old : now).index());
   }
-  blocks[1].position = 64;  // a tail that is still empty
+  blocks[0].need.wish = Format::kK2V2;
+  blocks[0].history = {{Format::kBf16, Format::kK4V4, Cause::kAge, 0.5, 3}};
+  blocks[1].position = 64;  // a tail with room for a quarter of a block
+  blocks[1].capacity = 16;
   const Json json = KvBlocksJson("chatcmpl-1", blocks, geometry);
   EXPECT_EQ(json["id"], "chatcmpl-1");
   ASSERT_EQ(json["blocks"].size(), 2u);
@@ -156,11 +159,14 @@ TEST(KvPageTest, TheBlocksOfAnAnswer) {
   EXPECT_EQ(first["format"], "k4v4");
   EXPECT_EQ(first["bytes"], BlockBytes(geometry, Format::kK4V4));
   EXPECT_EQ(first["wish"], "k2v2");
+  EXPECT_EQ(first["history"][0],
+            (Json{{"from", "bf16"}, {"to", "k4v4"}, {"cause", "age"}, {"price", 0.5}, {"step", 3}}));
   EXPECT_EQ(first["users"], 2);
   EXPECT_EQ(first["tags"], (Json{{"current/text/user", 52}, {"m1/text/obs", 12}}));
   EXPECT_EQ(json["blocks"][1]["tags"], Json::object());
   EXPECT_EQ(json["formats"]["k4v4"], (Json{{"bytes", BlockBytes(geometry, Format::kK4V4)}, {"tokens", 64}}));
-  EXPECT_EQ(json["formats"]["bf16"], (Json{{"bytes", BlockBytes(geometry, Format::kBf16)}, {"tokens", 0}}));
+  EXPECT_EQ(json["formats"]["bf16"],
+            (Json{{"bytes", BlockBytes(geometry, Format::kBf16) / 4}, {"tokens", 0}}));
 }
 
 TEST(MetricsTest, ShowTheMemoryEconomyUnderFixedNames) {

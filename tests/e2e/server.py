@@ -109,6 +109,16 @@ class Server:
             "num_requests_running", "num_requests_waiting", "kv_tokens", "kv_cached_tokens"))
         return running, waiting, tokens - cached
 
+    def wait_for_line(self, text, seconds=10):
+        """A line of the log with `text`; it may come after the answer that it is about."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in list(self.log):
+                if text in line:
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"no line of the log has {text!r}:\n" + "".join(self.log[-20:]))
+
     def wait_for(self, condition, seconds):
         """Polls load() until condition(running, waiting, tokens); returns the last load."""
         end = time.monotonic() + seconds

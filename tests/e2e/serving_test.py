@@ -25,8 +25,10 @@ class QueueTest(unittest.TestCase):
             connection = server.connect()
             connection.sendall(http_post("/v1/completions", json.dumps(LONG).encode()))
             held.append(connection)
+            self.addCleanup(connection.close)
             self.assertEqual(server.wait_for(lambda r, w, t: r + w == i + 1 and r == 1, 30)[:2], (1, i))
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        self.addCleanup(connection.close)
         connection.request("POST", "/v1/chat/completions", json.dumps({"messages": USER}).encode())
         answer = connection.getresponse()
         error = json.loads(answer.read())["error"]
@@ -99,7 +101,7 @@ class PagesTest(unittest.TestCase):
         answer = self.server.chat(messages=USER, max_tokens=5, ignore_eos=True)[1]
         usage = answer["usage"]
         self.assertEqual(usage["kv_demotions"], 0)
-        line = next(line for line in self.server.log if answer["id"] in line)
+        line = self.server.wait_for_line(answer["id"])
         for text in (f"{usage['prompt_tokens']} + 5 tokens", "cached", "bf16", "TTFT", "tokens/s"):
             self.assertIn(text, line)
         self.assertNotIn("Hello", "".join(self.server.log))

@@ -31,6 +31,19 @@ void ExpectPolicyOrOneSentence(const Result<Policy>& policy, const std::string& 
   const Result<Policy> again = ParsePolicy(PolicyToJson(*policy), "fuzz.json");
   ASSERT_TRUE(again.ok()) << again.status().message() << "\n" << input;
   ASSERT_EQ(again->table, policy->table);
+  ASSERT_EQ(again->priced, policy->priced);
+  ASSERT_EQ(again->distortion, policy->distortion);
+  ASSERT_EQ(again->counts, policy->counts);
+  ASSERT_EQ(again->floor, policy->floor);
+  ASSERT_EQ(again->sink, policy->sink);
+  for (const auto& loss : policy->distortion) {
+    for (size_t f = 0; f < kFormats; ++f) {
+      ASSERT_TRUE(loss[f] >= 0 && loss[f] <= 1e30f) << loss[f];
+      if (f > 0) {
+        ASSERT_LE(loss[f], loss[f - 1]);
+      }
+    }
+  }
   ASSERT_EQ(again->recent_window, policy->recent_window);
 }
 
@@ -39,6 +52,14 @@ std::vector<Json> Seeds() {
   for (const std::string_view name : BuiltinPolicies()) {
     seeds.push_back(PolicyToJson(*LoadPolicy(std::string(name))));
   }
+  seeds.push_back(*ParseJson(R"({"version": 1, "name": "priced",
+      "distortion": {"current/text/{inst,user}": {"k2v2": 0.5, "k4v2": 0.25, "k4v4": 0.06},
+                     "*/image/*": {"k2v2": 0.1, "k4v4": 0.01}, "*/*/*": {"k2v2": 1e-8}},
+      "counts": {"current/text/inst": 12.5, "older/image/obs": 100}, "budget_bits": 2.8,
+      "pins": [{"match": "*/*/inst", "format": "k4v2"}], "sink": "k4v4",
+      "provenance": {"model": "m", "layers": [0, 2], "conversations": 20}})",
+                             "seed"));
+  seeds.push_back(PolicyToJson(*ParsePolicy(seeds.back(), "seed")));
   return seeds;
 }
 
@@ -65,6 +86,9 @@ Json RandomValue(Random& random) {
                                            "*/image/{obs,obs}",
                                            Json::array(),
                                            Json::object(),
+                                           Json{{"k2v2", 0.5}},
+                                           -0.0,
+                                           1e-320,
                                            Json::array({Json::object()}),
                                            std::string(5000, '{')};
   return values[static_cast<size_t>(Below(random, values.size()))];

@@ -117,7 +117,7 @@ std::vector<Answer> AskAll(Engine* engine, bool together) {
   }
   for (std::future<Answer>& answer : pending) answers.push_back(answer.get());
   engine->Drain(10);
-  EXPECT_EQ(engine->Snapshot().kv.total_bytes(), 0);
+  EXPECT_EQ(engine->Snapshot().kv_usage, 0) << "what is left is cached, and nobody's";
   return answers;
 }
 

@@ -1,0 +1,100 @@
+#include "apps/calibrate_flags.h"
+
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+
+#include "apps/terminal.h"
+#include "base/parallel.h"
+
+namespace triaxial {
+namespace {
+
+std::atomic<bool> interrupted = false;
+
+}  // namespace
+
+void AddMeasureFlags(CLI::App* app, MeasureFlags* flags) {
+  flags->model.dtype = "f32";
+  app->add_option("--dtype", flags->model.dtype, "Arithmetic of the model: bf16, or f32")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  app->add_option("--max-conversations", flags->max_conversations,
+                  "As many, chosen by the seed (default: all)")
+      ->check(CLI::Range(1, 1 << 30));
+  app->add_option("--max-tokens", flags->max_tokens,
+                  "Longer conversations are cut to so many tokens (default: what the model takes)")
+      ->check(CLI::Range(1, 1 << 24));
+  app->add_option("--seed", flags->seed, "Chooses and orders the conversations")->capture_default_str();
+  app->add_option("--threads", flags->model.threads, "Compute threads (default: all cores)")
+      ->check(CLI::Range(0, 1024));
+}
+
+void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
+  app->add_option("--kv-codec", flags->model.kv_codec, "How blocks are quantized")
+      ->check(CLI::IsMember({"rotated", "paper"}))
+      ->capture_default_str();
+  app->add_option("--layers", flags->layers,
+                  "Replay so many layers, evenly spread (default: all of up to 16, else 4)")
+      ->check(CLI::Range(1, 1 << 16));
+  app->add_option("--metric", flags->metric,
+                  "mse: squared error of the attention output; kl: divergence of the next token's "
+                  "distribution, by a pass of the model for every tag and format (slow)")
+      ->check(CLI::IsMember({"mse", "kl"}))
+      ->capture_default_str();
+  app->add_option("--aggregate", flags->aggregate, "Over the heads of a layer, of the metric mse")
+      ->check(CLI::IsMember({"max", "mean"}))
+      ->capture_default_str();
+  app->add_option(
+         "--tags-at", flags->tags_at,
+         "end: tags as they are at the conversation's end, for all queries (as published); turn: as they are "
+         "at each query's turn (as served)")
+      ->check(CLI::IsMember({"end", "turn"}))
+      ->capture_default_str();
+}
+
+Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vector<int>& layers) {
+  SetComputeThreads(flags.model.threads);
+  Measurement m;
+  ASSIGN_OR_RETURN(m.trajectories, Trajectories::Open(flags.trajectories));
+  ASSIGN_OR_RETURN(m.model, LoadServedModel(flags.model.model, flags.model.tokenizer));
+  SensitivityOptions options;
+  options.layers = layers;
+  if (layers.empty()) options.layers = SpreadLayers(m.model.config.text.num_layers, flags.layers);
+  options.metric = flags.metric == "kl" ? Metric::kKl : Metric::kMse;
+  options.aggregate = flags.aggregate == "mean" ? Aggregate::kMean : Aggregate::kMax;
+  options.tags_at = flags.tags_at == "turn" ? TagTime::kTurn : TagTime::kEnd;
+  ModelOptions model_options;
+  model_options.precision = flags.model.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  model_options.codec = flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
+  ASSIGN_OR_RETURN(m.meter,
+                   SensitivityMeter::Create(flags.model.model, model_options, m.model.preprocessor, options));
+  m.options.max_conversations = flags.max_conversations;
+  m.options.max_tokens = flags.max_tokens;
+  m.options.seed = flags.seed;
+  ASSIGN_OR_RETURN(m.provenance, ProvenanceOf(m.model, *m.meter, flags.trajectories, m.options));
+  return m;
+}
+
+Result<SensitivityProfile> RunMeasurement(Measurement* m) {
+  ProgressBar bar("calibrating");
+  m->options.notice = [&](const std::string& notice) {
+    bar.Clear();
+    std::fprintf(stderr, "%s\n", notice.c_str());
+  };
+  m->options.progress = [&](double fraction) {
+    bar.Update(fraction);
+    return !interrupted.load();
+  };
+  // A second interrupt ends the process, as ever.
+  const auto before = std::signal(SIGINT, [](int) {
+    interrupted = true;
+    std::signal(SIGINT, SIG_DFL);
+  });
+  Result<SensitivityProfile> profile =
+      Calibrate(m->model, m->trajectories, m->provenance, m->options, m->meter.get());
+  std::signal(SIGINT, before);
+  return profile;
+}
+
+}  // namespace triaxial

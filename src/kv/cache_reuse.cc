@@ -1,0 +1,277 @@
+// How sequences share blocks: what a prompt finds, how its blocks are held, how completed blocks enter the
+// tree.
+#include <algorithm>
+#include <limits>
+
+#include "base/check.h"
+#include "kv/cache.h"
+
+namespace triaxial {
+namespace {
+
+std::span<const KvToken> BlockTokens(const KvPrompt& prompt, size_t b) {
+  return prompt.tokens.subspan(b * kBlockTokens, kBlockTokens);
+}
+
+// The last token is always computed.
+size_t BlocksToMatch(const KvPrompt& prompt) {
+  return prompt.tokens.empty() ? 0 : (prompt.tokens.size() - 1) / kBlockTokens;
+}
+
+}  // namespace
+
+NodeId KvCache::ChildOf(NodeId node, std::span<const KvToken> tokens) const {
+  std::array<ContentId, kBlockTokens> contents;
+  for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
+  return tree_.FindChild(node, contents, [&](BlockId b) { return block(b).contents == contents; });
+}
+
+KvMatch KvCache::Match(const KvPrompt& prompt) const {
+  KvMatch match{.begin = 0, .stop = static_cast<int32_t>(prompt.tokens.size())};
+  const size_t count = BlocksToMatch(prompt);
+  bool stopped = false;
+  NodeId node = tree_.FindRoot(prompt.salt);
+  for (size_t b = 0; b < count && node != kNoNode; ++b) {
+    node = ChildOf(node, BlockTokens(prompt, b));
+    if (node == kNoNode) break;
+    const KvBlock& found = block(tree_.block(node));
+    if (found.format < prompt.min_format) continue;
+    const auto position = static_cast<int32_t>(b * kBlockTokens);
+    if (match.begin == position) {
+      match.begin += kBlockTokens;
+    } else if (!stopped) {
+      stopped = true;
+      match.stop = position;
+    }
+    match.tokens += kBlockTokens;
+    if (found.users == 0) match.idle_rows += Units(found);
+  }
+  return match;
+}
+
+SequenceId KvCache::CreateSequence() {
+  sequences_[next_id_];
+  return next_id_++;
+}
+
+SequenceId KvCache::CreateSequence(const KvPrompt& prompt) {
+  const SequenceId id = next_id_++;
+  Sequence& sequence = sequences_[id];
+  sequence.min_format = prompt.min_format;
+  NodeId node = tree_.AddRoot(prompt.salt);
+  MoveTo(&sequence, node);
+  const size_t count = BlocksToMatch(prompt);
+  const auto window_begin = static_cast<int64_t>(prompt.tokens.size()) - needs_.recent_window;
+  for (size_t b = 0; b < count; ++b) {
+    const std::span<const KvToken> tokens = BlockTokens(prompt, b);
+    node = ChildOf(node, tokens);
+    if (node == kNoNode) break;
+    const BlockId found = tree_.block(node);
+    if (block(found).format < prompt.min_format) continue;
+    MeetNeed(sequence, found, tokens);
+    Hold(id, found);
+    sequence.ahead.push_back(found);
+    KvBlock& held = block(found);
+    const bool recent = static_cast<int64_t>((b + 1) * kBlockTokens) > window_begin;
+    if (recent || held.ages || Choose(needs_, held.need, geometry_, price_) >= held.format) continue;
+    held.ages = true;
+    ageing_.push_back(found);
+  }
+  std::reverse(sequence.ahead.begin(), sequence.ahead.end());
+  Adopt(&sequence);
+  EnterTree(id, &sequence);
+  RefreshView(&sequence);
+  return id;
+}
+
+void KvCache::FreeSequence(SequenceId id) {
+  Sequence& sequence = Find(id);
+  const bool in_step = sequence.last_step == step_;
+  int64_t rows = 0;
+  for (const BlockId b : sequence.blocks) rows += Units(block(b));
+  clock_ += static_cast<double>(rows) / static_cast<double>(total_rows());
+  if (sequence.tail != kNoBlock) Release(id, sequence.tail, in_step);
+  for (const BlockId b : sequence.blocks) Release(id, b, in_step);
+  for (const BlockId b : sequence.ahead) Release(id, b, in_step);
+  MoveTo(&sequence, kNoNode);
+  sequences_.erase(id);
+}
+
+int32_t KvCache::MatchedTokens(SequenceId id) const {
+  const Sequence& sequence = Find(id);
+  return sequence.length + static_cast<int32_t>(sequence.ahead.size()) * kBlockTokens;
+}
+
+int32_t KvCache::NextStop(SequenceId id) const {
+  const Sequence& sequence = Find(id);
+  return sequence.ahead.empty() ? std::numeric_limits<int32_t>::max()
+                                : block(sequence.ahead.back()).position - sequence.length;
+}
+
+// The need of a block that is matched: that of the new user, or the most that all need.
+void KvCache::MeetNeed(const Sequence& sequence, BlockId id, std::span<const KvToken> tokens) {
+  KvBlock& b = block(id);
+  std::array<uint8_t, kBlockTokens> tags;
+  for (size_t i = 0; i < kBlockTokens; ++i) tags[i] = tokens[i].tag;
+  BlockNeed need = NeedOf(needs_, tags, b.position == 0);
+  need.floor = std::max(need.floor, sequence.min_format);
+  if (b.users > 0) {
+    b.need.Merge(need);
+    return;
+  }
+  b.need = need;
+  for (size_t i = 0; i < kBlockTokens; ++i) {
+    --tokens_by_tag_[b.tags[i]];
+    ++tokens_by_tag_[tags[i]];
+  }
+  b.tags = tags;
+}
+
+void KvCache::Hold(SequenceId id, BlockId b) {
+  Unlist(b);
+  KvBlock& held = block(b);
+  if (held.users == 0 && held.node != kNoNode) {
+    cached_rows_ -= Units(held);
+    cached_tokens_ -= held.tokens;
+  }
+  ++held.users;
+  held.holders.push_back(id);
+  Reorder(b);
+}
+
+void KvCache::Release(SequenceId id, BlockId b, bool in_step) {
+  Unlist(b);
+  KvBlock& held = block(b);
+  const auto holder = std::find(held.holders.begin(), held.holders.end(), id);
+  CHECK(holder != held.holders.end());
+  *holder = held.holders.back();
+  held.holders.pop_back();
+  --held.users;
+  if (held.users == 0 && held.node == kNoNode) return FreeBlock(b, in_step);
+  if (held.users == 0) {
+    held.last_value = ValueOf(held);
+    cached_rows_ += Units(held);
+    cached_tokens_ += held.tokens;
+  }
+  Reorder(b);
+}
+
+// The sequence goes on from `node`.
+void KvCache::MoveTo(Sequence* sequence, NodeId node) {
+  if (node != kNoNode) Pin(node);
+  const NodeId old = std::exchange(sequence->node, node);
+  if (old != kNoNode) Unpin(old);
+}
+
+void KvCache::Pin(NodeId node) {
+  tree_.Pin(node);
+  if (const BlockId b = tree_.block(node); b != kNoBlock) Reorder(b);
+}
+
+void KvCache::Unpin(NodeId node) {
+  const BlockId b = tree_.block(node);
+  tree_.Unpin(node);  // a root may go
+  if (b != kNoBlock) Reorder(b);
+}
+
+// Takes hold of the matched run that begins where the sequence has got to.
+void KvCache::Adopt(Sequence* sequence) {
+  while (!sequence->ahead.empty() && block(sequence->ahead.back()).position == sequence->length) {
+    sequence->blocks.push_back(sequence->ahead.back());
+    sequence->ahead.pop_back();
+    sequence->length += kBlockTokens;
+  }
+}
+
+// Complete blocks become known. Where the same contents are known already, the more precise block stays.
+void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
+  for (; sequence->entered < sequence->blocks.size(); ++sequence->entered) {
+    BlockId own = sequence->blocks[sequence->entered];
+    if (sequence->node == kNoNode) {
+      Reorder(own);
+      continue;
+    }
+    const std::array<ContentId, kBlockTokens>& contents = block(own).contents;
+    NodeId child =
+        tree_.FindChild(sequence->node, contents, [&](BlockId b) { return block(b).contents == contents; });
+    if (child == kNoNode && block(own).node != kNoNode) {
+      child = block(own).node;  // matched, and hidden since
+    } else if (child == kNoNode) {
+      child = tree_.AddChild(sequence->node, contents, own);
+      block(own).node = child;
+    } else if (const BlockId known = tree_.block(child); known != own) {
+      if (block(known).format >= block(own).format) {
+        block(known).need.Merge(block(own).need);
+        Hold(id, known);
+        Release(id, own, /*in_step=*/false);
+        sequence->blocks[sequence->entered] = known;
+      } else {
+        Unlist(known);
+        KvBlock& worse = block(known);
+        worse.node = kNoNode;
+        if (worse.users == 0) {
+          cached_rows_ -= Units(worse);
+          cached_tokens_ -= worse.tokens;
+          FreeBlock(known, /*in_step=*/false);
+        } else {
+          Reorder(known);
+        }
+        tree_.set_block(child, own);
+        block(own).node = child;
+      }
+    }
+    MoveTo(sequence, child);
+    Reorder(sequence->blocks[sequence->entered]);
+  }
+}
+
+KvCache::Waking KvCache::BeginWaking(const KvPrompt& prompt) {
+  Waking waking;
+  waking.node = tree_.AddRoot(prompt.salt);
+  for (size_t b = 0; b < BlocksToMatch(prompt); ++b) {
+    const NodeId child = ChildOf(waking.node, BlockTokens(prompt, b));
+    if (child == kNoNode) break;
+    waking.node = child;
+    ++waking.blocks;
+  }
+  Pin(waking.node);
+  waking.key = tree_.Key(
+      waking.node, [this](BlockId b) -> const auto& { return block(b).contents; });
+  return waking;
+}
+
+bool KvCache::Wake(Format format, std::span<const KvToken> tokens,
+                   const std::function<bool(uint32_t unit_row)>& fill, Waking* waking) {
+  CHECK(tokens.size() == kBlockTokens);
+  const std::optional<uint32_t> row =
+      allocator_.Allocate(Units(format), /*from_top=*/format == Format::kBf16);
+  if (!row) return false;
+  if (!fill(*row)) {
+    allocator_.Free(*row, Units(format));
+    return false;
+  }
+  const BlockId id = NewBlock(format, kBlockTokens, *row, waking->blocks * kBlockTokens);
+  KvBlock& b = block(id);
+  for (size_t i = 0; i < kBlockTokens; ++i) {
+    b.contents[i] = tokens[i].content;
+    b.tags[i] = tokens[i].tag;
+    ++tokens_by_tag_[tokens[i].tag];
+  }
+  b.tokens = kBlockTokens;
+  b.need = NeedOf(needs_, b.tags, b.position == 0);
+  b.last_value = ValueOf(b);
+  CountBlock(b, 1);
+  cached_rows_ += Units(b);
+  cached_tokens_ += kBlockTokens;
+  b.node = tree_.AddChild(waking->node, b.contents, id);
+  Pin(b.node);
+  Unpin(std::exchange(waking->node, b.node));
+  waking->key = tree_.Key(
+      b.node, [this](BlockId known) -> const auto& { return block(known).contents; });
+  ++waking->blocks;
+  return true;
+}
+
+void KvCache::EndWaking(const Waking& waking) { Unpin(waking.node); }
+
+}  // namespace triaxial

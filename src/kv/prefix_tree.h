@@ -1,0 +1,100 @@
+// The prefixes that the cache knows: a tree whose nodes are complete blocks, a root for each salt. A hash
+// only finds candidates; the contents and the parent decide.
+#ifndef TRIAXIAL_KV_PREFIX_TREE_H_
+#define TRIAXIAL_KV_PREFIX_TREE_H_
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "kv/block.h"
+
+namespace triaxial {
+
+class PrefixTree {
+ public:
+  using Hash = uint64_t (*)(std::span<const ContentId>);
+  // Tests pass a hash that collides always.
+  explicit PrefixTree(Hash hash = DefaultHash) : hash_(hash) {}
+  static uint64_t DefaultHash(std::span<const ContentId> contents);
+
+  NodeId FindRoot(std::string_view salt) const;  // kNoNode if there is none
+  NodeId AddRoot(std::string_view salt);         // the one there is, else a new one
+  // The child with these contents; `same` compares them with a candidate's block.
+  template <typename Same>
+  NodeId FindChild(NodeId parent, std::span<const ContentId> contents, const Same& same) const {
+    const auto [begin, end] = index_.equal_range(KeyOf(parent, hash_(contents)));
+    for (auto it = begin; it != end; ++it) {
+      if (node(it->second).parent == parent && same(node(it->second).block)) return it->second;
+    }
+    return kNoNode;
+  }
+  NodeId AddChild(NodeId parent, std::span<const ContentId> contents, BlockId block);
+  // Nobody finds the node any more, nor what is below it. It stays until it is removed.
+  void Hide(NodeId id);
+  // Removes a node without children and pins, and then its root if that has none either.
+  void Remove(NodeId id);
+
+  BlockId block(NodeId id) const { return node(id).block; }
+  void set_block(NodeId id, BlockId block) { nodes_[Index(id)].block = block; }
+  NodeId parent(NodeId id) const { return node(id).parent; }
+  bool is_root(NodeId id) const { return node(id).parent == kNoNode; }
+  int32_t children(NodeId id) const { return node(id).children; }
+  bool free_to_go(NodeId id) const { return node(id).children == 0 && node(id).pins == 0; }
+  // A sequence continues here, so that the node must stay.
+  void Pin(NodeId id) { ++nodes_[Index(id)].pins; }
+  // A root without anything left goes.
+  void Unpin(NodeId id);
+  int32_t pins(NodeId id) const { return node(id).pins; }
+  // The block's name at rest; `contents_of` gives the contents of a node's block.
+  template <typename ContentsOf>
+  BlockKey Key(NodeId id, const ContentsOf& contents_of) {
+    Node& n = nodes_[Index(id)];
+    if (!n.key) n.key = ChildKey(Key(n.parent, contents_of), contents_of(n.block));
+    return *n.key;
+  }
+
+  size_t size() const { return nodes_.size() - free_.size(); }
+  template <typename Fn>
+  void ForEach(const Fn& fn) const {  // fn(NodeId), nodes and roots
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      if (nodes_[i].alive) fn(static_cast<NodeId>(i));
+    }
+  }
+
+ private:
+  struct Node {
+    NodeId parent = kNoNode;
+    BlockId block = kNoBlock;
+    int32_t children = 0;
+    int32_t pins = 0;
+    uint64_t key_of_index = 0;
+    bool alive = false;
+    bool found = false;           // in the index
+    std::optional<BlockKey> key;  // computed when it is first asked for; a root's at once
+    std::string salt;             // of a root
+  };
+  static size_t Index(NodeId id) { return static_cast<size_t>(id); }
+  static uint64_t KeyOf(NodeId parent, uint64_t hash) {
+    return (hash ^ static_cast<uint64_t>(static_cast<uint32_t>(parent)) * 0x9e3779b97f4a7c15u);
+  }
+  const Node& node(NodeId id) const { return nodes_[Index(id)]; }
+  NodeId NewNode();
+  void FreeNode(NodeId id);
+
+  Hash hash_;
+  std::vector<Node> nodes_;
+  std::vector<NodeId> free_;
+  std::unordered_multimap<uint64_t, NodeId> index_;
+  std::map<std::string, NodeId, std::less<>> roots_;
+};
+
+}  // namespace triaxial
+
+#endif  // TRIAXIAL_KV_PREFIX_TREE_H_
