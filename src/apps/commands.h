@@ -22,6 +22,7 @@ Command AddInspect(CLI::App* app);
 Command AddDemo(CLI::App* app);
 Command AddEval(CLI::App* app);
 Command AddCalibrate(CLI::App* app);
+Command AddReplay(CLI::App* app);
 // Have subcommands of their own.
 Command AddPolicy(CLI::App* app);
 Command AddBench(CLI::App* app);

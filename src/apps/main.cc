@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
       {"policy", triaxial::AddPolicy(&app)}, {"demo", triaxial::AddDemo(&app)},
       {"bench", triaxial::AddBench(&app)},   {"calibrate", triaxial::AddCalibrate(&app)},
       {"eval", triaxial::AddEval(&app)},
+      {"replay", triaxial::AddReplay(&app)},
   };
   try {
     app.parse(argc, argv);

@@ -178,8 +178,12 @@ Status ReadTokenIds(const JsonFields& fields, const Json& json, const char* key,
 }  // namespace
 
 Result<ModelConfig> LoadModelConfig(const std::string& directory) {
-  ASSIGN_OR_RETURN(const Json json, ReadObject(ConfigPath(directory)));
-  const JsonFields config(json, ConfigPath(directory));
+  return LoadModelConfigFile(ConfigPath(directory));
+}
+
+Result<ModelConfig> LoadModelConfigFile(const std::string& path) {
+  ASSIGN_OR_RETURN(const Json json, ReadObject(path));
+  const JsonFields config(json, path);
   ModelConfig model;
   ASSIGN_OR_RETURN(model.architecture, ReadArchitecture(config, json));
   if (config.Has("quantization_config")) {

@@ -81,6 +81,7 @@ struct PreprocessorConfig {
 // their defaults when they do not exist; eos ids then come from config.json. The last two functions read
 // config.json as well, because token ids must be in its vocabulary and patches those of its vision tower.
 Result<ModelConfig> LoadModelConfig(const std::string& directory);
+Result<ModelConfig> LoadModelConfigFile(const std::string& path);  // config.json under any name
 Result<GenerationConfig> LoadGenerationConfig(const std::string& directory);
 Result<PreprocessorConfig> LoadPreprocessorConfig(const std::string& directory);
 

@@ -1,0 +1,225 @@
+#include "replay/recording.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "base/check.h"
+#include "base/file.h"
+#include "io/json_fields.h"
+#include "replay/recording_readers.h"
+
+namespace triaxial {
+namespace {
+
+constexpr size_t kMaxFileBytes = size_t{1} << 30;
+
+// The hi half of identities that are no real tokens: of a trace's blocks, and of what nobody else has.
+constexpr uint64_t kTraceBlock = uint64_t{1} << 62;
+constexpr uint64_t kUnshared = uint64_t{1} << 61;
+constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;  // spreads the number of a round over a hash
+
+template <typename Axis>
+bool ParseAxis(std::string_view name, int count, Axis* out) {
+  for (int i = 0; i < count; ++i) {
+    if (Name(static_cast<Axis>(i)) != name) continue;
+    *out = static_cast<Axis>(i);
+    return true;
+  }
+  return false;
+}
+
+Result<TagMix::Part> ParsePart(const Json& json, const std::string& path, size_t index) {
+  const std::string what = path + ": turn[" + std::to_string(index) + "]";
+  if (!json.is_object()) return InvalidArgument(what + R"( must be like {"tag": "text/obs", "tokens": 500})");
+  const JsonFields fields(json, path, "turn[" + std::to_string(index) + "].");
+  std::string tag;
+  TagMix::Part part;
+  RETURN_IF_ERROR(fields.String("tag", &tag));
+  RETURN_IF_ERROR(fields.Int("tokens", 1, kMaxRecordedTokens, &part.tokens));
+  const size_t slash = tag.find('/');
+  if (slash == std::string::npos || !ParseAxis(tag.substr(0, slash), kModals, &part.modal) ||
+      !ParseAxis(tag.substr(slash + 1), kSemantics, &part.semantic)) {
+    return fields.Wrong("tag", R"(modal/semantic, such as "text/obs" or "image/obs")");
+  }
+  return part;
+}
+
+std::vector<int64_t> CommonBlocks(const std::vector<RecordedSession>& trace) {
+  std::unordered_map<int64_t, size_t> requests;
+  for (const RecordedSession& session : trace) {
+    for (const int64_t id : session.steps[0].blocks) ++requests[id];
+  }
+  std::vector<int64_t> common;
+  for (const auto& [id, count] : requests) {
+    if (count > 1 && count * 100 > trace.size()) common.push_back(id);
+  }
+  std::sort(common.begin(), common.end());
+  return common;
+}
+
+// Turns of a trace's prompt lie at fixed places, so that equal prefixes have equal roles.
+void FillMix(const TagMix& mix, const RecordedRequest& request, std::vector<uint8_t>* tags) {
+  const auto index = [](Temporal age, Modal modal, Semantic semantic) {
+    return static_cast<uint8_t>(Tag{age, modal, semantic}.index());
+  };
+  int32_t turn_tokens = 0;
+  for (const TagMix::Part& part : mix.turn) turn_tokens += part.tokens;
+  const int32_t prompt = request.prompt_tokens;
+  const int32_t system = std::min(mix.system_tokens, prompt);
+  const int last_turn = (prompt - 1 - system) / turn_tokens;
+  const auto put = [&](int32_t count, uint8_t tag) {
+    tags->insert(tags->end(), static_cast<size_t>(count), tag);
+  };
+  // Tokens before the first user block share the first turn.
+  put(system, index(Age(0, last_turn), Modal::kText, Semantic::kInst));
+  for (int turn = 0; static_cast<int32_t>(tags->size()) < prompt; ++turn) {
+    for (const TagMix::Part& part : mix.turn) {
+      const int32_t left = prompt - static_cast<int32_t>(tags->size());
+      put(std::min(part.tokens, left), index(Age(turn, last_turn), part.modal, part.semantic));
+    }
+  }
+  put(request.output_tokens, index(Temporal::kCurrent, Modal::kText, Semantic::kAssistant));
+}
+
+void FillTrace(const Recording& recording, const RecordedRequest& request, int64_t number, int64_t repetition,
+               RequestTokens* out) {
+  FillMix(recording.mix, request, &out->tags);
+  const std::vector<int64_t>& common = recording.common_blocks;
+  for (size_t b = 0; b < request.blocks.size(); ++b) {
+    const int64_t left = request.prompt_tokens - static_cast<int64_t>(b) * kTraceBlockTokens;
+    if (left <= 0) break;
+    const bool everywhere = std::binary_search(common.begin(), common.end(), request.blocks[b]);
+    const uint64_t hi = kTraceBlock | (everywhere ? 0 : static_cast<uint64_t>(repetition));
+    const uint64_t lo = static_cast<uint64_t>(request.blocks[b]) * kTraceBlockTokens;
+    const auto count = static_cast<uint64_t>(std::min<int64_t>(left, kTraceBlockTokens));
+    for (uint64_t i = 0; i < count; ++i) out->contents.push_back({lo + i, hi});
+  }
+  for (size_t i = out->contents.size(); i < out->tags.size(); ++i) {
+    out->contents.push_back({i, kUnshared | static_cast<uint64_t>(number)});
+  }
+}
+
+void FillConversation(const RenderedStep& step, int64_t repetition, RequestTokens* out) {
+  out->tags = step.tags;
+  const auto round = static_cast<uint64_t>(repetition);
+  size_t picture = 0;
+  for (size_t i = 0; i < step.tokens.size(); ++i) {
+    const auto token = static_cast<int32_t>(i);
+    while (picture < step.pictures.size() &&
+           token >= step.pictures[picture].begin + step.pictures[picture].tokens) {
+      ++picture;
+    }
+    if (picture < step.pictures.size() && token >= step.pictures[picture].begin) {
+      const RenderedStep::Picture& p = step.pictures[picture];
+      out->contents.push_back(ContentId::OfPicture(p.hash_lo, p.hash_hi ^ round * kOdd, token - p.begin));
+      continue;
+    }
+    ContentId content = ContentId::OfToken(step.tokens[i]);
+    if (token >= step.system_tokens) content.hi = round;
+    out->contents.push_back(content);
+  }
+}
+
+}  // namespace
+
+Status ForEachLine(std::string_view text, const std::string& path,
+                   const std::function<Status(std::string_view line, const std::string& what)>& line) {
+  size_t number = 0;
+  while (!text.empty()) {
+    ++number;
+    const size_t newline = std::min(text.find('\n'), text.size());
+    std::string_view part = text.substr(0, newline);
+    text.remove_prefix(std::min(newline + 1, text.size()));
+    if (part.ends_with('\r')) part.remove_suffix(1);
+    if (part.find_first_not_of(" \t") == std::string_view::npos) continue;
+    RETURN_IF_ERROR(line(part, path + " line " + std::to_string(number)));
+  }
+  return OkStatus();
+}
+
+Result<TagMix> LoadTagMix(const std::string& path) {
+  ASSIGN_OR_RETURN(const Json json, ReadJsonFile(path, size_t{1} << 20));
+  if (!json.is_object())
+    return InvalidArgument(path + " must hold a JSON object with system_tokens and turn");
+  const JsonFields fields(json, path);
+  TagMix mix;
+  RETURN_IF_ERROR(fields.Int("system_tokens", 0, kMaxRecordedTokens, &mix.system_tokens));
+  const auto turn = json.find("turn");
+  if (turn == json.end() || !turn->is_array() || turn->empty() || turn->size() > 1000) {
+    return fields.Wrong("turn", "a list of 1 to 1000 parts");
+  }
+  mix.turn.clear();
+  int64_t tokens = 0;
+  for (size_t i = 0; i < turn->size(); ++i) {
+    ASSIGN_OR_RETURN(const TagMix::Part part, ParsePart((*turn)[i], path, i));
+    mix.turn.push_back(part);
+    tokens += part.tokens;
+  }
+  if (tokens > kMaxRecordedTokens) {
+    return InvalidArgument(path + ": a turn of " + std::to_string(tokens) + " tokens is too long; at most " +
+                           std::to_string(kMaxRecordedTokens));
+  }
+  return mix;
+}
+
+Result<Recording> LoadRecording(const std::vector<std::string>& paths, const RecordingOptions& options) {
+  CHECK(!paths.empty());
+  Recording recording;
+  recording.mix = options.mix.value_or(TagMix{});
+  const auto add = [](std::vector<RecordedSession> sessions, std::vector<RecordedSession>* to) {
+    to->insert(to->end(), std::make_move_iterator(sessions.begin()), std::make_move_iterator(sessions.end()));
+  };
+  int64_t files = -1;
+  for (const std::string& path : paths) {
+    ++files;
+    ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFileBytes));
+    const std::string_view first = std::string_view(text).substr(0, std::min(text.find('\n'), text.size()));
+    if (first.find("\"messages\"") != std::string_view::npos) {
+      ASSIGN_OR_RETURN(auto sessions, ReadConversations(text, path, options));
+      add(std::move(sessions), &recording.agents);
+    } else if (first.starts_with(kAzureHeader)) {
+      ASSIGN_OR_RETURN(auto sessions, ReadAzure(text, path));
+      add(std::move(sessions), &recording.trace);
+    } else if (first.starts_with('{')) {
+      ASSIGN_OR_RETURN(auto sessions, ReadMooncake(text, path));
+      // Ids of different files have nothing to do with each other.
+      for (RecordedSession& session : sessions) {
+        for (int64_t& id : session.steps[0].blocks) id += (kMaxHashId + 1) * files;
+      }
+      add(std::move(sessions), &recording.trace);
+    } else {
+      return InvalidArgument(path +
+                             " is no trace: its first line is neither a JSON object with messages or with "
+                             "timestamp, input_length and output_length, nor " +
+                             std::string(kAzureHeader));
+    }
+  }
+  std::vector<RecordedSession>& trace = recording.trace;
+  std::stable_sort(trace.begin(), trace.end(), [](const RecordedSession& a, const RecordedSession& b) {
+    return a.steps[0].arrival < b.steps[0].arrival;
+  });
+  if (!trace.empty()) {
+    // A repetition begins one mean gap after the last request.
+    const double last = trace.back().steps[0].arrival;
+    recording.trace_seconds = last + last / static_cast<double>(std::max<size_t>(1, trace.size() - 1));
+  }
+  recording.common_blocks = CommonBlocks(trace);
+  return recording;
+}
+
+void FillTokens(const Recording& recording, const RecordedRequest& request, int64_t number,
+                int64_t repetition, RequestTokens* out) {
+  out->tags.clear();
+  out->contents.clear();
+  const auto tokens = static_cast<size_t>(request.prompt_tokens) + static_cast<size_t>(request.output_tokens);
+  out->tags.reserve(tokens);
+  out->contents.reserve(tokens);
+  if (request.rendered != nullptr) {
+    FillConversation(*request.rendered, repetition, out);
+  } else {
+    FillTrace(recording, request, number, repetition, out);
+  }
+  CHECK(out->tags.size() == tokens && out->contents.size() == tokens);
+}
+
+}  // namespace triaxial

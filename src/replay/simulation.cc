@@ -1,0 +1,289 @@
+#include "replay/simulation.h"
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <memory>
+#include <unordered_map>
+
+#include "base/check.h"
+#include "engine/scheduler.h"
+#include "kv/arena.h"
+
+namespace triaxial {
+namespace {
+
+constexpr int64_t kProgressEvery = 256;  // requests
+
+// A request inside the simulated engine.
+struct Live : Sequence {
+  Arrival arrival;
+  RequestTokens tokens;  // prompt and recorded answer
+  int32_t generated = 0;
+  double first_token = 0;
+  bool has_pictures = false;
+  KvUsage stored;  // as of its last completed block
+};
+
+class Simulation {
+ public:
+  Simulation(const Recording& recording, const ArrivalOptions& arrivals, const SimulationOptions& options,
+             int64_t rows, const std::function<void(int64_t)>& progress)
+      : recording_(recording),
+        options_(options),
+        progress_(progress),
+        needs_(ResolveNeeds(options.policy, options.geometry, /*two_bit_keys=*/true, options.budget_bits)),
+        row_bytes_(UnitRowBytes(options.geometry) * options.geometry.num_layers),
+        arrivals_(&recording, arrivals),
+        cache_(options.geometry, rows),
+        scheduler_({options.max_running, options.max_step_tokens, options.policy.recent_window}, &cache_,
+                   [this](uint32_t, uint32_t, int moved) { work_.moved_bytes += 2 * moved * row_bytes_; }) {}
+
+  SimulationResult Run() {
+    while (true) {
+      Admit();
+      if (scheduler_.idle()) {
+        const std::optional<double> next = arrivals_.NextTime();
+        if (!next) break;
+        Note(*next - now_);
+        now_ = *next;
+        continue;
+      }
+      RunStep();
+    }
+    return Summarize();
+  }
+
+ private:
+  // Lets in what has arrived by now, as far as the scheduler's queue has room.
+  void Admit() {
+    while (true) {
+      const std::optional<double> next = arrivals_.NextTime();
+      if (!next || *next > now_) break;
+      door_.push_back(arrivals_.Take());
+    }
+    for (; !door_.empty() && scheduler_.waiting() < options_.max_queued; door_.pop_front())
+      Submit(door_.front());
+  }
+
+  void Submit(const Arrival& arrival) {
+    const RecordedRequest& request = *arrival.request;
+    auto live = std::make_unique<Live>();
+    live->id = arrival.number + 1;
+    live->arrival = arrival;
+    const int64_t length = int64_t{request.prompt_tokens} + request.output_tokens;
+    if (length > options_.max_model_len) return Refuse(arrival);
+    FillTokens(recording_, request, arrival.number, arrival.repetition, &live->tokens);
+    live->has_pictures = request.rendered != nullptr && !request.rendered->pictures.empty();
+    live->kv_tokens.reserve(static_cast<size_t>(length));
+    for (int32_t i = 0; i < request.prompt_tokens; ++i) PushToken(live.get());
+    if (PredictRows(options_.geometry, live->kv_tokens, options_.policy.recent_window) >
+        cache_.total_rows()) {
+      return Refuse(arrival);
+    }
+    scheduler_.Enqueue(live.get());
+    const RequestId id = live->id;
+    live_.emplace(id, std::move(live));
+  }
+
+  void Refuse(const Arrival& arrival) {
+    ++result_.refused;
+    Done(arrival);
+  }
+
+  void PushToken(Live* live) const {
+    const uint8_t tag = live->tokens.tags[live->kv_tokens.size()];
+    live->kv_tokens.push_back({tag, needs_.wish[tag]});
+  }
+
+  void RunStep() {
+    work_ = {};
+    const int64_t preemptions = scheduler_.preemptions();
+    scheduler_.MakePlan(&plan_);
+    scheduler_.Commit(plan_, &step_);
+    MeasureStep();
+    cache_.FinishStep();
+    ++result_.steps;
+    sample_.preemptions = static_cast<double>(scheduler_.preemptions() - preemptions);
+    const double seconds = step_.items.empty() ? 0 : StepSeconds(options_.cost, options_.device, work_);
+    Note(seconds);
+    now_ += seconds;
+    for (const Step::Item& item : step_.items) TakeToken(static_cast<Live*>(item.sequence));
+    if (plan_.fail != nullptr) {
+      auto* live = static_cast<Live*>(plan_.fail);
+      ++result_.failed;
+      Leave(live);
+    }
+  }
+
+  void MeasureStep() {
+    work_.rows = step_.rows;
+    for (const KvConvert& convert : step_.converts) {
+      work_.moved_bytes +=
+          BlockBytes(options_.geometry, convert.from) + BlockBytes(options_.geometry, convert.to);
+    }
+    for (const Step::Item& item : step_.items) {
+      auto* live = static_cast<Live*>(item.sequence);
+      const double rows = item.count, begin = item.begin;
+      work_.contexts += rows * begin + rows * (rows + 1) / 2;
+      if (live->pending() == 0) {
+        ++work_.logits_rows;
+        sample_.generated += 1;
+      }
+      if (item.count > 1 || item.begin % kBlockTokens == 0) live->stored = cache_.Usage(live->cache_id);
+      for (size_t f = 0; f < kFormats; ++f) work_.kv_bytes[f] += live->stored.bytes[f];
+      const int32_t prompt = live->arrival.request->prompt_tokens;
+      if (item.begin >= prompt) continue;
+      sample_.prefilled += item.count;
+      if (live->has_pictures) work_.picture_tokens += PictureTokens(*live, item.begin, item.count);
+    }
+  }
+
+  static int64_t PictureTokens(const Live& live, int32_t begin, int32_t count) {
+    const auto first = live.tokens.tags.begin() + begin;
+    return std::count_if(first, first + count,
+                         [](uint8_t tag) { return Tag::FromIndex(tag).modal == Modal::kImage; });
+  }
+
+  // What holds for the next `seconds`.
+  void Note(double seconds) {
+    const KvUsage& usage = cache_.Usage();
+    sample_.running = scheduler_.running();
+    sample_.waiting = static_cast<double>(scheduler_.waiting()) + static_cast<double>(door_.size());
+    for (size_t f = 0; f < kFormats; ++f) sample_.bytes[f] = static_cast<double>(usage.bytes[f]);
+    sample_.bytes[static_cast<size_t>(Format::kBf16)] -= static_cast<double>(usage.tail_bytes);
+    sample_.tail_bytes = static_cast<double>(usage.tail_bytes);
+    result_.series.Add(now_, seconds, sample_);
+    sample_ = {};
+
+    const int64_t used_rows = cache_.total_rows() - cache_.free_rows();
+    const int64_t tokens = usage.total_tokens();
+    result_.peak_running = std::max(result_.peak_running, scheduler_.running());
+    result_.peak_tokens = std::max(result_.peak_tokens, tokens);
+    peak_rows_ = std::max(peak_rows_, used_rows);
+    running_seconds_ += seconds * scheduler_.running();
+    if (tokens == 0) return;
+    used_bytes_ += seconds * static_cast<double>(used_rows * row_bytes_);
+    tail_bytes_ += seconds * static_cast<double>(usage.tail_bytes);
+    tail_tokens_ += seconds * static_cast<double>(usage.tail_tokens);
+    for (size_t f = 0; f < kFormats; ++f) tokens_[f] += seconds * static_cast<double>(usage.tokens[f]);
+  }
+
+  // The step gave the sequence a token if it reached its last one.
+  void TakeToken(Live* live) {
+    if (live->pending() > 0) return;
+    if (live->generated++ == 0) live->first_token = now_;
+    if (live->generated < live->arrival.request->output_tokens) return PushToken(live);
+    ++result_.finished;
+    result_.prompt_tokens += live->arrival.request->prompt_tokens;
+    result_.generated_tokens += live->generated;
+    result_.ttft.push_back(static_cast<float>(live->first_token - live->arrival.time));
+    if (live->generated > 1) {
+      result_.tpot.push_back(static_cast<float>((now_ - live->first_token) / (live->generated - 1)));
+    }
+    if (options_.distortion) loss_ += LossOf(*live);
+    Leave(live);
+  }
+
+  double LossOf(const Live& live) const {
+    double loss = 0;
+    int64_t tokens = 0;
+    for (const KvBlock* block : cache_.Blocks(live.cache_id)) {
+      const auto format = static_cast<size_t>(block->format);
+      for (size_t i = 0; i < block->tokens; ++i) loss += (*options_.distortion)[block->token[i].tag][format];
+      tokens += block->tokens;
+    }
+    return tokens > 0 ? loss / static_cast<double>(tokens) : 0;
+  }
+
+  void Leave(Live* live) {
+    scheduler_.Remove(live);
+    const Arrival arrival = live->arrival;
+    live_.erase(live->id);
+    Done(arrival);
+  }
+
+  void Done(const Arrival& arrival) {
+    arrivals_.Answered(arrival, now_);
+    if (++result_.requests % kProgressEvery == 0 && progress_) progress_(result_.requests);
+  }
+
+  SimulationResult Summarize() {
+    const KvGeometry& g = options_.geometry;
+    SimulationResult& r = result_;
+    CHECK(live_.empty() && door_.empty());
+    CHECK(cache_.CheckIntegrity().ok());
+    r.seconds = now_;
+    r.preemptions = scheduler_.preemptions();
+    r.compactions = scheduler_.compactions();
+    r.mean_running = now_ > 0 ? running_seconds_ / now_ : 0;
+    r.peak_usage = static_cast<double>(peak_rows_) / static_cast<double>(cache_.total_rows());
+    std::sort(r.ttft.begin(), r.ttft.end());
+    std::sort(r.tpot.begin(), r.tpot.end());
+    if (options_.distortion && r.finished > 0) r.predicted_loss = loss_ / static_cast<double>(r.finished);
+
+    double tokens = 0, needed = 0;  // by complete blocks, exactly
+    for (size_t f = 0; f < kFormats; ++f) {
+      tokens += tokens_[f];
+      const double of_blocks = tokens_[f] - (static_cast<Format>(f) == Format::kBf16 ? tail_tokens_ : 0);
+      needed += of_blocks * static_cast<double>(BlockBytes(g, static_cast<Format>(f))) / kBlockTokens;
+    }
+    if (tokens <= 0) return std::move(r);
+    for (size_t f = 0; f < kFormats; ++f) r.share_of_tokens[f] = tokens_[f] / tokens;
+    const double block_bytes = used_bytes_ - tail_bytes_;
+    const double block_tokens = tokens - tail_tokens_;
+    const double elements_per_token = 2.0 * g.num_layers * g.num_kv_heads * g.head_dim;
+    r.effective_bits = 8 * used_bytes_ / (tokens * elements_per_token);
+    if (block_tokens > 0) r.block_bits = 8 * block_bytes / (block_tokens * elements_per_token);
+    // Below a millionth it is the rounding of these sums.
+    const double lost = block_bytes > 0 ? 1 - needed / block_bytes : 0;
+    r.rounding_loss = lost > 1e-6 ? lost : 0;
+    r.tail_share = tail_bytes_ / used_bytes_;
+    r.capacity_tokens =
+        std::llround(static_cast<double>(cache_.total_rows() * row_bytes_) * tokens / used_bytes_);
+    return std::move(r);
+  }
+
+  const Recording& recording_;
+  const SimulationOptions& options_;
+  const std::function<void(int64_t)>& progress_;
+  const TagNeeds needs_;
+  const int64_t row_bytes_;
+  Arrivals arrivals_;
+  KvCache cache_;
+  StepWork work_;  // before the scheduler, whose moves it counts
+  Scheduler scheduler_;
+  Plan plan_;
+  Step step_;
+  std::deque<Arrival> door_;
+  std::unordered_map<RequestId, std::unique_ptr<Live>> live_;
+  double now_ = 0;
+
+  Sample sample_;  // events since the last one
+  SimulationResult result_;
+  // Integrals over time.
+  double running_seconds_ = 0;
+  double used_bytes_ = 0;
+  double tail_bytes_ = 0;
+  double tail_tokens_ = 0;
+  std::array<double, kFormats> tokens_{};
+  int64_t peak_rows_ = 0;
+  double loss_ = 0;  // sum over finished requests
+};
+
+}  // namespace
+
+double Percentile(const std::vector<float>& sorted, double q) {
+  if (sorted.empty()) return 0;
+  const auto rank = static_cast<size_t>(std::ceil(q * static_cast<double>(sorted.size())));
+  return sorted[std::min(std::max<size_t>(rank, 1), sorted.size()) - 1];
+}
+
+Result<SimulationResult> Simulate(const Recording& recording, const ArrivalOptions& arrivals,
+                                  const SimulationOptions& options,
+                                  const std::function<void(int64_t done)>& progress) {
+  ASSIGN_OR_RETURN(const int64_t rows, RowsOfMemory(options.geometry, options.kv_bytes));
+  return Simulation(recording, arrivals, options, rows, progress).Run();
+}
+
+}  // namespace triaxial
