@@ -58,65 +58,56 @@ std::vector<int64_t> CommonBlocks(const std::vector<RecordedSession>& trace) {
 }
 
 // Turns of a trace's prompt lie at fixed places, so that equal prefixes have equal roles.
-void FillMix(const TagMix& mix, const RecordedRequest& request, std::vector<uint8_t>* tags) {
-  const auto index = [](Temporal age, Modal modal, Semantic semantic) {
-    return static_cast<uint8_t>(Tag{age, modal, semantic}.index());
-  };
+void FillMix(const TagMix& mix, const RecordedRequest& request, std::vector<KvToken>* out) {
   int32_t turn_tokens = 0;
   for (const TagMix::Part& part : mix.turn) turn_tokens += part.tokens;
   const int32_t prompt = request.prompt_tokens;
   const int32_t system = std::min(mix.system_tokens, prompt);
   const int last_turn = (prompt - 1 - system) / turn_tokens;
-  const auto put = [&](int32_t count, uint8_t tag) {
-    tags->insert(tags->end(), static_cast<size_t>(count), tag);
+  int32_t at = 0;
+  const auto put = [&](int32_t count, Temporal age, Modal modal, Semantic semantic) {
+    const auto tag = static_cast<uint8_t>(Tag{age, modal, semantic}.index());
+    for (const int32_t end = at + count; at < end; ++at) (*out)[static_cast<size_t>(at)].tag = tag;
   };
   // Tokens before the first user block share the first turn.
-  put(system, index(Age(0, last_turn), Modal::kText, Semantic::kInst));
-  for (int turn = 0; static_cast<int32_t>(tags->size()) < prompt; ++turn) {
+  put(system, Age(0, last_turn), Modal::kText, Semantic::kInst);
+  for (int turn = 0; at < prompt; ++turn) {
     for (const TagMix::Part& part : mix.turn) {
-      const int32_t left = prompt - static_cast<int32_t>(tags->size());
-      put(std::min(part.tokens, left), index(Age(turn, last_turn), part.modal, part.semantic));
+      put(std::min(part.tokens, prompt - at), Age(turn, last_turn), part.modal, part.semantic);
     }
   }
-  put(request.output_tokens, index(Temporal::kCurrent, Modal::kText, Semantic::kAssistant));
+  put(request.output_tokens, Temporal::kCurrent, Modal::kText, Semantic::kAssistant);
 }
 
 void FillTrace(const Recording& recording, const RecordedRequest& request, int64_t number, int64_t repetition,
-               RequestTokens* out) {
-  FillMix(recording.mix, request, &out->tags);
+               std::vector<KvToken>* out) {
+  FillMix(recording.mix, request, out);
   const std::vector<int64_t>& common = recording.common_blocks;
-  for (size_t b = 0; b < request.blocks.size(); ++b) {
-    const int64_t left = request.prompt_tokens - static_cast<int64_t>(b) * kTraceBlockTokens;
-    if (left <= 0) break;
-    const bool everywhere = std::binary_search(common.begin(), common.end(), request.blocks[b]);
+  size_t at = 0;
+  for (const int64_t id : request.blocks) {
+    const size_t end = std::min(at + kTraceBlockTokens, static_cast<size_t>(request.prompt_tokens));
+    const bool everywhere = std::binary_search(common.begin(), common.end(), id);
     const uint64_t hi = kTraceBlock | (everywhere ? 0 : static_cast<uint64_t>(repetition));
-    const uint64_t lo = static_cast<uint64_t>(request.blocks[b]) * kTraceBlockTokens;
-    const auto count = static_cast<uint64_t>(std::min<int64_t>(left, kTraceBlockTokens));
-    for (uint64_t i = 0; i < count; ++i) out->contents.push_back({lo + i, hi});
+    for (uint64_t lo = static_cast<uint64_t>(id) * kTraceBlockTokens; at < end; ++at, ++lo) {
+      (*out)[at].content = {lo, hi};
+    }
   }
-  for (size_t i = out->contents.size(); i < out->tags.size(); ++i) {
-    out->contents.push_back({i, kUnshared | static_cast<uint64_t>(number)});
-  }
+  for (; at < out->size(); ++at) (*out)[at].content = {at, kUnshared | static_cast<uint64_t>(number)};
 }
 
-void FillConversation(const RenderedStep& step, int64_t repetition, RequestTokens* out) {
-  out->tags = step.tags;
+void FillConversation(const RenderedStep& step, int64_t repetition, std::vector<KvToken>* out) {
   const auto round = static_cast<uint64_t>(repetition);
-  size_t picture = 0;
   for (size_t i = 0; i < step.tokens.size(); ++i) {
-    const auto token = static_cast<int32_t>(i);
-    while (picture < step.pictures.size() &&
-           token >= step.pictures[picture].begin + step.pictures[picture].tokens) {
-      ++picture;
+    KvToken& token = (*out)[i];
+    token.tag = step.tags[i];
+    token.content = ContentId::OfToken(step.tokens[i]);
+    if (static_cast<int32_t>(i) >= step.system_tokens) token.content.hi = round;
+  }
+  for (const RenderedStep::Picture& picture : step.pictures) {
+    const uint64_t hi = picture.hash_hi ^ round * kOdd;
+    for (int32_t i = 0; i < picture.tokens; ++i) {
+      (*out)[static_cast<size_t>(picture.begin + i)].content = ContentId::OfPicture(picture.hash_lo, hi, i);
     }
-    if (picture < step.pictures.size() && token >= step.pictures[picture].begin) {
-      const RenderedStep::Picture& p = step.pictures[picture];
-      out->contents.push_back(ContentId::OfPicture(p.hash_lo, p.hash_hi ^ round * kOdd, token - p.begin));
-      continue;
-    }
-    ContentId content = ContentId::OfToken(step.tokens[i]);
-    if (token >= step.system_tokens) content.hi = round;
-    out->contents.push_back(content);
   }
 }
 
@@ -208,18 +199,11 @@ Result<Recording> LoadRecording(const std::vector<std::string>& paths, const Rec
 }
 
 void FillTokens(const Recording& recording, const RecordedRequest& request, int64_t number,
-                int64_t repetition, RequestTokens* out) {
-  out->tags.clear();
-  out->contents.clear();
-  const auto tokens = static_cast<size_t>(request.prompt_tokens) + static_cast<size_t>(request.output_tokens);
-  out->tags.reserve(tokens);
-  out->contents.reserve(tokens);
-  if (request.rendered != nullptr) {
-    FillConversation(*request.rendered, repetition, out);
-  } else {
-    FillTrace(recording, request, number, repetition, out);
-  }
-  CHECK(out->tags.size() == tokens && out->contents.size() == tokens);
+                int64_t repetition, std::vector<KvToken>* out) {
+  out->assign(static_cast<size_t>(request.prompt_tokens) + static_cast<size_t>(request.output_tokens), {});
+  if (request.rendered == nullptr) return FillTrace(recording, request, number, repetition, out);
+  CHECK(request.rendered->tokens.size() == out->size());
+  FillConversation(*request.rendered, repetition, out);
 }
 
 }  // namespace triaxial

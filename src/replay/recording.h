@@ -12,7 +12,7 @@
 
 #include "base/status.h"
 #include "io/model_config.h"
-#include "kv/content.h"
+#include "kv/block.h"
 #include "kv/tag.h"
 
 namespace triaxial {
@@ -89,15 +89,11 @@ struct RecordingOptions {
 // name file, line and field.
 Result<Recording> LoadRecording(const std::vector<std::string>& paths, const RecordingOptions& options);
 
-// Tokens of one request, its answer included: tags and identities.
-struct RequestTokens {
-  std::vector<uint8_t> tags;
-  std::vector<ContentId> contents;
-};
-// Overwrites `out`. `number` tells requests apart that share nothing, `repetition` the rounds through the
-// recording: conversations of another round share their system prompts only, traces their common blocks.
+// Tokens of one request, its answer included; overwrites `out`. `number` tells requests apart that share
+// nothing, `repetition` the rounds through the recording: conversations of another round share their system
+// prompts only, traces their common blocks.
 void FillTokens(const Recording& recording, const RecordedRequest& request, int64_t number,
-                int64_t repetition, RequestTokens* out);
+                int64_t repetition, std::vector<KvToken>* out);
 
 }  // namespace triaxial
 

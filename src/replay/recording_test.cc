@@ -26,10 +26,20 @@ Result<Recording> Load(const std::string& text) {
   return LoadRecording({dir.File("trace")}, PocketAgent());
 }
 
+struct RequestTokens {
+  std::vector<uint8_t> tags;
+  std::vector<ContentId> contents;
+};
+
 RequestTokens TokensOf(const Recording& recording, const RecordedRequest& request, int64_t number = 0,
                        int64_t repetition = 0) {
+  std::vector<KvToken> filled;
+  FillTokens(recording, request, number, repetition, &filled);
   RequestTokens tokens;
-  FillTokens(recording, request, number, repetition, &tokens);
+  for (const KvToken& token : filled) {
+    tokens.tags.push_back(token.tag);
+    tokens.contents.push_back(token.content);
+  }
   return tokens;
 }
 

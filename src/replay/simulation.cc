@@ -18,11 +18,19 @@ constexpr int64_t kProgressEvery = 256;  // requests
 // A request inside the simulated engine.
 struct Live : Sequence {
   Arrival arrival;
-  RequestTokens tokens;  // prompt and recorded answer
+  std::vector<KvToken> answer;  // as recorded
   int32_t generated = 0;
   double first_token = 0;
   bool has_pictures = false;
+  bool started = false;
   KvUsage stored;  // as of its last completed block
+};
+
+// Counts the bytes that compactions move; there is no memory behind the cache.
+class CountingBacking final : public KvBacking {
+ public:
+  void Move(uint32_t /*from_row*/, uint32_t /*to_row*/, int rows) override { moved_rows += rows; }
+  int64_t moved_rows = 0;
 };
 
 class Simulation {
@@ -32,12 +40,11 @@ class Simulation {
       : recording_(recording),
         options_(options),
         progress_(progress),
-        needs_(ResolveNeeds(options.policy, options.geometry, /*two_bit_keys=*/true, options.budget_bits)),
         row_bytes_(UnitRowBytes(options.geometry) * options.geometry.num_layers),
         arrivals_(&recording, arrivals),
-        cache_(options.geometry, rows),
-        scheduler_({options.max_running, options.max_step_tokens, options.policy.recent_window}, &cache_,
-                   [this](uint32_t, uint32_t, int moved) { work_.moved_bytes += 2 * moved * row_bytes_; }) {}
+        cache_(options.geometry, rows,
+               ResolveNeeds(options.policy, options.geometry, /*two_bit_keys=*/true, options.budget_bits)),
+        scheduler_({options.max_running, options.max_step_tokens}, &cache_, &backing_) {}
 
   SimulationResult Run() {
     while (true) {
@@ -73,11 +80,11 @@ class Simulation {
     live->arrival = arrival;
     const int64_t length = int64_t{request.prompt_tokens} + request.output_tokens;
     if (length > options_.max_model_len) return Refuse(arrival);
-    FillTokens(recording_, request, arrival.number, arrival.repetition, &live->tokens);
+    FillTokens(recording_, request, arrival.number, arrival.repetition, &live->kv_tokens);
+    live->answer.assign(live->kv_tokens.begin() + request.prompt_tokens, live->kv_tokens.end());
+    live->kv_tokens.resize(static_cast<size_t>(request.prompt_tokens));  // keeps room for the answer
     live->has_pictures = request.rendered != nullptr && !request.rendered->pictures.empty();
-    live->kv_tokens.reserve(static_cast<size_t>(length));
-    for (int32_t i = 0; i < request.prompt_tokens; ++i) PushToken(live.get());
-    if (PredictRows(options_.geometry, live->kv_tokens, options_.policy.recent_window) >
+    if (PredictRows(options_.geometry, cache_.needs(), live->kv_tokens, /*begin=*/0, live->min_format) >
         cache_.total_rows()) {
       return Refuse(arrival);
     }
@@ -91,21 +98,19 @@ class Simulation {
     Done(arrival);
   }
 
-  void PushToken(Live* live) const {
-    const uint8_t tag = live->tokens.tags[live->kv_tokens.size()];
-    live->kv_tokens.push_back({tag, needs_.wish[tag]});
-  }
-
   void RunStep() {
     work_ = {};
     const int64_t preemptions = scheduler_.preemptions();
+    backing_.moved_rows = 0;
     scheduler_.MakePlan(&plan_);
     scheduler_.Commit(plan_, &step_);
+    NoteAdmissions();
     MeasureStep();
-    cache_.FinishStep();
+    scheduler_.FinishStep();
     ++result_.steps;
     sample_.preemptions = static_cast<double>(scheduler_.preemptions() - preemptions);
-    const double seconds = step_.items.empty() ? 0 : StepSeconds(options_.cost, options_.device, work_);
+    sample_.demotions = static_cast<double>(step_.converts.size());
+    const double seconds = step_.empty() ? 0 : StepSeconds(options_.cost, options_.device, work_);
     Note(seconds);
     now_ += seconds;
     for (const Step::Item& item : step_.items) TakeToken(static_cast<Live*>(item.sequence));
@@ -116,8 +121,20 @@ class Simulation {
     }
   }
 
+  void NoteAdmissions() {
+    for (const Plan::Rows& rows : plan_.rows) {
+      auto* live = static_cast<Live*>(rows.sequence);
+      if (live->cache_id == 0 || std::exchange(live->started, true)) continue;
+      sample_.looked_up += live->arrival.request->prompt_tokens;
+      sample_.found += live->cached_tokens;
+    }
+    looked_up_ += sample_.looked_up;
+    found_ += sample_.found;
+  }
+
   void MeasureStep() {
     work_.rows = step_.rows;
+    work_.moved_bytes = 2 * backing_.moved_rows * row_bytes_;
     for (const KvConvert& convert : step_.converts) {
       work_.moved_bytes +=
           BlockBytes(options_.geometry, convert.from) + BlockBytes(options_.geometry, convert.to);
@@ -140,9 +157,10 @@ class Simulation {
   }
 
   static int64_t PictureTokens(const Live& live, int32_t begin, int32_t count) {
-    const auto first = live.tokens.tags.begin() + begin;
-    return std::count_if(first, first + count,
-                         [](uint8_t tag) { return Tag::FromIndex(tag).modal == Modal::kImage; });
+    const auto first = live.kv_tokens.begin() + begin;
+    return std::count_if(first, first + count, [](const KvToken& token) {
+      return Tag::FromIndex(token.tag).modal == Modal::kImage;
+    });
   }
 
   // What holds for the next `seconds`.
@@ -153,6 +171,7 @@ class Simulation {
     for (size_t f = 0; f < kFormats; ++f) sample_.bytes[f] = static_cast<double>(usage.bytes[f]);
     sample_.bytes[static_cast<size_t>(Format::kBf16)] -= static_cast<double>(usage.tail_bytes);
     sample_.tail_bytes = static_cast<double>(usage.tail_bytes);
+    sample_.price = cache_.price();
     result_.series.Add(now_, seconds, sample_);
     sample_ = {};
 
@@ -173,7 +192,9 @@ class Simulation {
   void TakeToken(Live* live) {
     if (live->pending() > 0) return;
     if (live->generated++ == 0) live->first_token = now_;
-    if (live->generated < live->arrival.request->output_tokens) return PushToken(live);
+    if (live->generated < live->arrival.request->output_tokens) {
+      return live->kv_tokens.push_back(live->answer[static_cast<size_t>(live->generated) - 1]);
+    }
     ++result_.finished;
     result_.prompt_tokens += live->arrival.request->prompt_tokens;
     result_.generated_tokens += live->generated;
@@ -190,7 +211,7 @@ class Simulation {
     int64_t tokens = 0;
     for (const KvBlock* block : cache_.Blocks(live.cache_id)) {
       const auto format = static_cast<size_t>(block->format);
-      for (size_t i = 0; i < block->tokens; ++i) loss += (*options_.distortion)[block->token[i].tag][format];
+      for (size_t i = 0; i < block->tokens; ++i) loss += (*options_.distortion)[block->tags[i]][format];
       tokens += block->tokens;
     }
     return tokens > 0 ? loss / static_cast<double>(tokens) : 0;
@@ -212,10 +233,13 @@ class Simulation {
     const KvGeometry& g = options_.geometry;
     SimulationResult& r = result_;
     CHECK(live_.empty() && door_.empty());
-    CHECK(cache_.CheckIntegrity().ok());
+    CHECK(cache_.CheckIntegrity().ok() && cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
     r.seconds = now_;
     r.preemptions = scheduler_.preemptions();
     r.compactions = scheduler_.compactions();
+    r.evictions = cache_.evictions();
+    CountDemotions();
+    r.hit_rate = looked_up_ > 0 ? found_ / looked_up_ : 0;
     r.mean_running = now_ > 0 ? running_seconds_ / now_ : 0;
     r.peak_usage = static_cast<double>(peak_rows_) / static_cast<double>(cache_.total_rows());
     std::sort(r.ttft.begin(), r.ttft.end());
@@ -244,15 +268,27 @@ class Simulation {
     return std::move(r);
   }
 
+  void CountDemotions() {
+    const KvDemotions& demotions = cache_.demotions();
+    for (const auto& from : demotions) {
+      for (const auto& to : from) {
+        for (size_t c = 0; c < kCauses; ++c) {
+          result_.demotions_by_cause[c] += to[c];
+          if (static_cast<Cause>(c) != Cause::kWindow) result_.demotions += to[c];
+        }
+      }
+    }
+  }
+
   const Recording& recording_;
   const SimulationOptions& options_;
   const std::function<void(int64_t)>& progress_;
-  const TagNeeds needs_;
   const int64_t row_bytes_;
   Arrivals arrivals_;
   KvCache cache_;
-  StepWork work_;  // before the scheduler, whose moves it counts
+  CountingBacking backing_;
   Scheduler scheduler_;
+  StepWork work_;
   Plan plan_;
   Step step_;
   std::deque<Arrival> door_;
@@ -268,6 +304,8 @@ class Simulation {
   double tail_tokens_ = 0;
   std::array<double, kFormats> tokens_{};
   int64_t peak_rows_ = 0;
+  double looked_up_ = 0;
+  double found_ = 0;
   double loss_ = 0;  // sum over finished requests
 };
 

@@ -61,8 +61,8 @@ struct SimulationResult {
   double peak_usage = 0;    // share of the KV memory in use, at its highest
   int64_t peak_tokens = 0;  // in the cache
 
-  double hit_rate = 0;  // share of looked-up prompt tokens that were found
-  int64_t demotions = 0;
+  double hit_rate = 0;    // share of looked-up prompt tokens that were found
+  int64_t demotions = 0;  // of blocks, for age, pressure or budget
   std::array<int64_t, kCauses> demotions_by_cause{};
   int64_t evictions = 0;
   int64_t preemptions = 0;

@@ -50,7 +50,8 @@ TEST(Simulation, TheClockIsTheSumOfTheSteps) {
   const SimulationResult result = Replay(recording, options);
 
   StepWork prefill{.rows = 100, .logits_rows = 1, .contexts = 5050};
-  prefill.kv_bytes[static_cast<size_t>(Format::kBf16)] = 2 * BlockBytes(options.geometry, Format::kBf16);
+  prefill.kv_bytes[static_cast<size_t>(Format::kBf16)] =
+      BlockBytes(options.geometry, Format::kBf16) * (64 + 48) / 64;  // a block, and a tail with room for 48
   const double first = StepSeconds(options.cost, options.device, prefill);
   double all = first;
   for (const double context : {101., 102.}) {
@@ -186,6 +187,57 @@ TEST(Simulation, AgentsTakeTurns) {
   EXPECT_EQ(many.finished, 100);
   EXPECT_LE(many.peak_running, 7);
   EXPECT_GT(many.peak_running, 3);
+}
+
+TEST(Simulation, AConversationFindsItsPrefixAgain) {
+  auto step = std::make_shared<RenderedStep>();
+  step->system_tokens = 128;
+  step->tokens.resize(640);
+  for (size_t i = 0; i < step->tokens.size(); ++i) step->tokens[i] = static_cast<int32_t>(i);
+  step->tags.assign(640, 0);
+  auto next = std::make_shared<RenderedStep>(*step);
+  next->tokens.resize(1280, 7);
+  next->tags.resize(1280, 0);
+  Recording recording;
+  recording.agents.resize(1);
+  recording.agents[0].steps.resize(2);
+  recording.agents[0].steps[0] = {.prompt_tokens = 600, .output_tokens = 40, .blocks = {}, .rendered = step};
+  recording.agents[0].steps[1] = {.prompt_tokens = 1240, .output_tokens = 40, .blocks = {}, .rendered = next};
+  // The second step finds the nine blocks of the first one, answer included (its last token was never
+  // stored).
+  const SimulationResult once = Replay(recording, Options("bf16", 64 << 20), {.agents = 1});
+  EXPECT_DOUBLE_EQ(once.hit_rate, 9 * 64 / 1840.);
+  // In the second round the system prompt's two blocks are there before the first step.
+  const SimulationResult twice = Replay(recording, Options("bf16", 64 << 20), {.requests = 4, .agents = 1});
+  EXPECT_DOUBLE_EQ(twice.hit_rate, (9 + 2 + 9) * 64 / 3680.);
+  EXPECT_LT(twice.ttft[0], once.ttft[1]);
+}
+
+TEST(Simulation, APricedPolicyDemotesWhereBf16Preempts) {
+  Json entry;
+  const std::array<double, kFormats> loss = {1e-2, 6e-3, 1e-3, 1e-4, 0};
+  for (int f = 0; f + 1 < kFormats; ++f)
+    entry[std::string(Name(static_cast<Format>(f)))] = loss[static_cast<size_t>(f)];
+  const Json json = {{"version", 1}, {"name", "priced"}, {"distortion", {{"*/*/*", entry}}}, {"price", 0.0}};
+  const auto priced = ParsePolicy(json, "priced");
+  ASSERT_TRUE(priced.ok()) << priced.status().message();
+  Recording recording;
+  for (int i = 0; i < 40; ++i) recording.trace.push_back(Request(0, 200, 900));
+  SimulationOptions options = Options("bf16", 0);
+  options.kv_bytes = 10 * 20 * BlockBytes(options.geometry, Format::kBf16);  // a quarter of what all take
+  options.distortion = priced->distortion;
+  const SimulationResult bf16 = Replay(recording, options);
+  options.policy = *priced;
+  const SimulationResult demoting = Replay(recording, options);
+  EXPECT_GT(bf16.preemptions, 0);
+  EXPECT_EQ(bf16.demotions, 0);
+  EXPECT_EQ(demoting.preemptions, 0);
+  EXPECT_GT(demoting.demotions_by_cause[static_cast<size_t>(Cause::kPressure)], 0);
+  EXPECT_GT(demoting.mean_running, 1.5 * bf16.mean_running);
+  EXPECT_EQ(bf16.predicted_loss, 0.0);
+  EXPECT_GT(*demoting.predicted_loss, 0);
+  EXPECT_LT(*demoting.predicted_loss, loss[0]);
+  EXPECT_EQ(demoting.finished, 40);
 }
 
 TEST(Percentile, IsANearestRank) {
