@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo serve test test-unit test-gpu bench-gpu format format-check tidy clean setup-build setup-test setup-tidy configure-release
+.PHONY: help build demo serve fidelity test test-unit test-gpu bench-gpu format format-check tidy clean setup-build setup-test setup-tidy configure-release
 
 BINARY := build/release/triaxial
 DEMO := tools/demo.sh
@@ -16,6 +16,7 @@ BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || echo HEAD~)
 help:
 	@echo "make demo       build, then play recorded agent sessions against the server and compare KV formats"
 	@echo "make serve      build, then serve the pocket agent over HTTP; ARGS=\"--port 8000 --model DIR\""
+	@echo "make fidelity   what each KV policy costs in exactness, on plain and hard checkpoints; about half an hour"
 	@echo "make build      build the one binary, $(BINARY)"
 	@echo "make test       everything that CI runs: format check, all tests, parsers and cache under sanitizers"
 	@echo "make test-unit  the unit tests, in under a minute once built"
@@ -33,6 +34,10 @@ demo: build
 
 serve: build
 	$(BINARY) serve $(ARGS)
+
+fidelity: configure-release
+	cmake --build --preset release --target triaxial --target hard_checkpoint --target fit_kv_calibration
+	tools/fidelity.sh
 
 test: setup-test format-check configure-release
 	cmake --build --preset release

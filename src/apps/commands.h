@@ -20,6 +20,7 @@ Command AddGenerate(CLI::App* app);
 Command AddTag(CLI::App* app);
 Command AddInspect(CLI::App* app);
 Command AddDemo(CLI::App* app);
+Command AddEval(CLI::App* app);
 Command AddCalibrate(CLI::App* app);
 Command AddReplay(CLI::App* app);
 // Have subcommands of their own.

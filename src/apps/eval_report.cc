@@ -1,0 +1,47 @@
+#include "apps/eval_report.h"
+
+#include <algorithm>
+
+namespace triaxial {
+namespace {
+
+Json Pair(const Interval& interval) { return Json::array({interval.low, interval.high}); }
+
+}  // namespace
+
+Json EvaluationJson(const Evaluation& evaluation, const std::string& model, const std::string& trajectories) {
+  constexpr uint64_t kSeed = 1;
+  const auto reference = std::find_if(evaluation.policies.begin(), evaluation.policies.end(),
+                                      [](const PolicyScores& p) { return p.policy.policy.name == "bf16"; });
+  const Fidelity& any = evaluation.policies[0].fidelity;
+  Json json = {{"model", model},     {"trajectories", trajectories}, {"conversations", any.conversations},
+               {"steps", any.steps}, {"tokens", any.tokens},         {"policies", Json::array()}};
+  for (const PolicyScores& p : evaluation.policies) {
+    const Fidelity& f = p.fidelity;
+    Json row = {{"name", p.policy.name},
+                {"codec", std::string(Name(p.policy.codec))},
+                {"effective_bits", f.effective_bits},
+                {"kv_bytes", f.kv_bytes},
+                {"action_match", f.action_match},
+                {"action_match_ci", Pair(f.action_match_ci)},
+                {"all_tokens_exact", f.all_exact},
+                {"all_tokens_exact_ci", Pair(f.all_exact_ci)},
+                {"episode_exact", f.episode_exact},
+                {"episode_exact_ci", Pair(f.episode_exact_ci)},
+                {"top1_agreement", f.top1_agreement},
+                {"kl_mean", f.kl_mean},
+                {"kl_p99", f.kl_p99},
+                {"perplexity", f.perplexity}};
+    const auto difference = [&](Measure measure) {
+      return Pair(BootstrapDifference(CountByConversation(reference->steps, measure),
+                                      CountByConversation(p.steps, measure), kSeed));
+    };
+    row["minus_bf16"] = {{"action_match_ci", difference(Measure::kAction)},
+                         {"all_tokens_exact_ci", difference(Measure::kAllTokens)},
+                         {"episode_exact_ci", difference(Measure::kEpisode)}};
+    json["policies"].push_back(std::move(row));
+  }
+  return json;
+}
+
+}  // namespace triaxial
