@@ -47,7 +47,8 @@ int Run(const Options& options) {
   Step step;
   const auto add_token = [&] {
     for (const Step::Item& item : step.items) {
-      if (item.sequence->pending() == 0) item.sequence->kv_tokens.push_back({{item.sequence->kv_tokens.size(), 0}, 0});
+      if (item.sequence->pending() == 0)
+        item.sequence->kv_tokens.push_back({{item.sequence->kv_tokens.size(), 0}, 0});
     }
   };
   while (scheduler.running() < options.sequences || step.rows != options.sequences) {

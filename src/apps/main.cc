@@ -17,8 +17,7 @@ int main(int argc, char** argv) {
       {"tag", triaxial::AddTag(&app)},       {"inspect", triaxial::AddInspect(&app)},
       {"policy", triaxial::AddPolicy(&app)}, {"demo", triaxial::AddDemo(&app)},
       {"bench", triaxial::AddBench(&app)},   {"calibrate", triaxial::AddCalibrate(&app)},
-      {"eval", triaxial::AddEval(&app)},
-      {"replay", triaxial::AddReplay(&app)},
+      {"eval", triaxial::AddEval(&app)},     {"replay", triaxial::AddReplay(&app)},
   };
   try {
     app.parse(argc, argv);

@@ -20,6 +20,7 @@ namespace {
 struct Flags {
   ModelFlags model;
   std::vector<std::string> traces;
+  std::string images;
   std::string tag_mix;
   std::string device = "h100-80g";
   std::string kv_memory;
@@ -84,6 +85,10 @@ void AddFlags(CLI::App* command, Flags* flags) {
       ->check(CLI::Range(1e-6, 1e6))
       ->capture_default_str();
   command
+      ->add_option("--images", flags->images,
+                   "Directory of the conversations' pictures (default: their file's)")
+      ->check(CLI::ExistingDirectory);
+  command
       ->add_option("--tag-mix", flags->tag_mix,
                    "JSON file that says what a trace's tokens are (default: an agent's mix, docs/replay.md)")
       ->check(CLI::ExistingFile);
@@ -137,6 +142,7 @@ Result<Inputs> Prepare(const Flags& flags) {
   }
   if (!flags.model.tokenizer.empty()) recording.tokenizer_directory = flags.model.tokenizer;
   recording.config = inputs.config;
+  recording.images = flags.images;
   if (!flags.tag_mix.empty()) {
     ASSIGN_OR_RETURN(recording.mix, LoadTagMix(flags.tag_mix));
   }

@@ -48,7 +48,7 @@ struct KvBlock {
   NodeId node = kNoNode;                     // its place among the cached prefixes; none: private
   std::vector<KvChange> history;
 
-  int64_t serial = 0;              // of all blocks that there ever were
+  int64_t serial = 0;  // of all blocks that there ever were
 
   bool complete() const { return tokens == kBlockTokens; }
 

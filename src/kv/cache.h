@@ -131,8 +131,8 @@ class KvCache {
   Waking BeginWaking(const KvPrompt& prompt);
   // Adds a block behind waking->node and moves on, if a run of rows is free and `fill` could bring its bytes
   // there; else false, and nothing changed.
-  bool Wake(Format format, std::span<const KvToken> tokens, const std::function<bool(uint32_t unit_row)>& fill,
-            Waking* waking);
+  bool Wake(Format format, std::span<const KvToken> tokens,
+            const std::function<bool(uint32_t unit_row)>& fill, Waking* waking);
   void EndWaking(const Waking& waking);
 
   // True if appends that take `rows` in all fit, after compaction at the latest.

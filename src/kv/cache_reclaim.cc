@@ -13,8 +13,8 @@ int KvCache::FloorRows(const KvBlock& b) const {
 }
 
 // What it costs to compute a block again, per byte, on top of the clock, which goes on by what is dropped
-// (GreedyDual-Size, Cao and Irani 1997) and by one whenever as many rows as the arena has were given up: so what
-// has not been used for long is worth less, as with LRU.
+// (GreedyDual-Size, Cao and Irani 1997) and by one whenever as many rows as the arena has were given up: so
+// what has not been used for long is worth less, as with LRU.
 double KvCache::ValueOf(const KvBlock& b) const {
   constexpr double kAttentionEqualsProducts = 32768;  // position at which both take about as long
   return clock_ + (1 + b.position / kAttentionEqualsProducts) * Units(Format::kK4V4) / Units(b);

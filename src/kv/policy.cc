@@ -67,6 +67,8 @@ Result<Policy> LoadPolicy(const std::string& name_or_path) {
 
 Format BlockFormat(std::span<const Format> wishes) {
   CHECK(!wishes.empty());
+  const Format first = wishes.front();
+  if (std::all_of(wishes.begin(), wishes.end(), [first](Format f) { return f == first; })) return first;
   std::array<size_t, kFormats> count{};
   for (const Format wish : wishes) ++count[static_cast<size_t>(wish)];
   size_t served = 0;

@@ -21,8 +21,7 @@ class Pictures {
   Result<std::shared_ptr<const ImagePatches>> Find(const std::string& url) {
     if (const auto known = known_.find(url); known != known_.end()) return known->second;
     if (url.starts_with("data:")) {
-      return InvalidArgument(
-          "a picture is a data: URL; replay reads pictures from paths relative to the file");
+      return InvalidArgument("a picture is a data: URL; replay reads pictures from files");
     }
     const std::filesystem::path path = directory_ / (url.starts_with("file://") ? url.substr(7) : url);
     ASSIGN_OR_RETURN(const std::string bytes,
@@ -163,7 +162,9 @@ Result<std::vector<RecordedSession>> ReadConversations(std::string_view text, co
   ASSIGN_OR_RETURN(const Tokenizer tokenizer, Tokenizer::Load(options.tokenizer_directory));
   ASSIGN_OR_RETURN(const ChatTemplate chat_template,
                    ChatTemplate::Load(options.tokenizer_directory, tokenizer));
-  Pictures pictures(std::filesystem::path(path).parent_path(), options);
+  const std::filesystem::path file(path);
+  Pictures pictures(options.images.empty() ? file.parent_path() : std::filesystem::path(options.images),
+                    options);
   StepRenderer renderer(tokenizer, chat_template, options, &pictures);
   std::vector<RecordedSession> sessions;
   RETURN_IF_ERROR(ForEachLine(text, path, [&](std::string_view line, const std::string& what) -> Status {

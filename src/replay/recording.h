@@ -78,6 +78,7 @@ struct Recording {
 struct RecordingOptions {
   // Tokenizer and chat template for conversations; not needed for traces ("").
   std::string tokenizer_directory;
+  std::string images;  // directory to which pictures' paths are relative; "": that of their file
   ModelConfig config;
   PreprocessorConfig preprocessor;
   std::optional<TagMix> mix;
@@ -85,7 +86,7 @@ struct RecordingOptions {
 
 // Reads files, each recognized by its first line: Mooncake's JSONL (timestamp in ms, input_length,
 // output_length, hash_ids), Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens), or conversations as JSONL
-// (messages, tools, id; pictures as paths relative to the file). An output of 0 tokens counts as 1. Errors
+// (messages, tools, id; pictures as paths). An output of 0 tokens counts as 1. Errors
 // name file, line and field.
 Result<Recording> LoadRecording(const std::vector<std::string>& paths, const RecordingOptions& options);
 
