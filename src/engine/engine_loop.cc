@@ -92,7 +92,8 @@ void EngineLoop::RunStep() {
   } catch (...) {
     FailStep("unknown exception");
   }
-  if (plan_.fail != nullptr) FailForMemory(static_cast<RequestState*>(plan_.fail));
+  auto* fails = static_cast<RequestState*>(plan_.fail);
+  if (fails != nullptr && !fails->finished) FailForMemory(fails);
 }
 
 // What the vision tower throws is the trouble of that picture's request alone; false: plan anew without it.

@@ -96,6 +96,7 @@ void Scheduler::LeaveTenant(Sequence* sequence) {
 }
 
 void Scheduler::Remove(Sequence* sequence) {
+  stuck_ = false;  // its rows may be what was missing
   if (sequence->cache_id != 0) {
     cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
     std::erase(running_, sequence);
@@ -264,13 +265,15 @@ void Scheduler::Commit(const Plan& plan, Step* step) {
   MakeRoom(plan, step);
   for (const Plan::Rows& rows : plan.rows) {
     if (rows.count == 0 || rows.begin != rows.sequence->computed) continue;
-    if (Append(rows.sequence, rows.count, step)) continue;
+    // Who was admitted before it in this commit may have woken a block that it matches: it ends there.
+    const int32_t count = std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
+    if (Append(rows.sequence, count, step)) continue;
     if (!step->empty()) {  // rows of this step must not move any more
       scattered_ = true;
       return;
     }
     Compact();
-    if (Append(rows.sequence, rows.count, step)) continue;
+    if (Append(rows.sequence, count, step)) continue;
     stuck_ = true;
     return;
   }
@@ -283,7 +286,8 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
   cache_->KeepBudget(kConvertsPerStep, &step->converts);
   int64_t rows = 0;
   for (const Plan::Rows& r : plan.rows) {
-    if (r.count > 0 && r.begin == r.sequence->computed) rows += RowsFor(*r.sequence, r.count);
+    if (r.count > 0 && r.begin == r.sequence->computed)
+      rows += RowsFor(*r.sequence, std::min(r.count, cache_->NextStop(r.sequence->cache_id)));
   }
   if (rows == 0) return;
   const int64_t low = cache_->total_rows() / 128, high = cache_->total_rows() / 64;

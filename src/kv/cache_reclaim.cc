@@ -68,7 +68,8 @@ bool KvCache::Evict(const Sleep& sleep) {
   const auto [value, id] = *evictable_.begin();
   KvBlock& b = block(id);
   clock_ = std::max(clock_, value);
-  if (sleep && b.convert_step != step_) SleepBlock(b, sleep);  // else its bytes are not yet what they will be
+  // Bytes that are not yet what they will be, or that are not to be trusted, are not kept.
+  if (sleep && b.convert_step != step_ && tree_.found(b.node)) SleepBlock(b, sleep);
   const NodeId node = std::exchange(b.node, kNoNode);
   const NodeId parent = tree_.parent(node);
   const BlockId above = tree_.block(parent);
@@ -136,7 +137,7 @@ void KvCache::RelaxPrice() {
 
 void KvCache::SleepAll(const Sleep& sleep) {
   for (const KvBlock& b : blocks_) {
-    if (b.in_use && b.node != kNoNode && b.users == 0) SleepBlock(b, sleep);
+    if (b.in_use && b.node != kNoNode && b.users == 0 && tree_.found(b.node)) SleepBlock(b, sleep);
   }
 }
 

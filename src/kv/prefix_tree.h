@@ -42,6 +42,7 @@ class PrefixTree {
   void Remove(NodeId id);
 
   BlockId block(NodeId id) const { return node(id).block; }
+  bool found(NodeId id) const { return node(id).found; }  // false once hidden
   void set_block(NodeId id, BlockId block) { nodes_[Index(id)].block = block; }
   NodeId parent(NodeId id) const { return node(id).parent; }
   bool is_root(NodeId id) const { return node(id).parent == kNoNode; }
