@@ -2,6 +2,7 @@
 
 #include "apps/commands.h"
 #include "apps/terminal.h"
+#include "base/checked_math.h"
 #include "base/json.h"
 #include "kv/policy.h"
 
@@ -88,8 +89,8 @@ Command AddTag(CLI::App* app) {
           static_cast<size_t>(begin), static_cast<size_t>(std::min(kBlockTokens, tokens - begin)));
       blocks.push_back(tail ? Format::kBf16
                             : Choose(needs, NeedOf(needs, of_block, begin == 0), geometry, needs.rest_price));
-      const int64_t steps = (static_cast<int64_t>(of_block.size()) + kTailStep - 1) / kTailStep;
-      bytes += BlockBytes(geometry, blocks.back()) * steps * kTailStep / kBlockTokens;
+      const auto room = CeilDiv(static_cast<int64_t>(of_block.size()), kTailStep) * kTailStep;
+      bytes += BlockBytes(geometry, blocks.back(), static_cast<int>(room));
     }
     const double bits = 8.0 * static_cast<double>(bytes) /
                         std::max<double>(1.0, static_cast<double>(tokens) * 2.0 * geometry.num_layers *

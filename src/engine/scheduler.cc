@@ -116,10 +116,17 @@ int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
   const KvGeometry& geometry = cache_->geometry();
   int64_t rows = 0;
   for (const KvBlock* block : cache_->Blocks(sequence.cache_id)) {
-    if (block->users == 1)
-      rows += UnitsOf(geometry, block->format) * block->capacity / kBlockTokens - block->slack;
+    if (block->users == 1) rows += UnitsOf(geometry, block->format, block->capacity) - block->slack;
   }
   return rows;
+}
+
+// What of a plan's rows is appended now that all its sequences are admitted. One that blocks woke for begins
+// behind them, in the next plan; and who was admitted before it may have woken a block that it matches, where
+// it ends.
+int32_t Scheduler::CountNow(const Plan::Rows& rows) const {
+  if (rows.begin != rows.sequence->computed) return 0;
+  return std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
 }
 
 void Scheduler::MakePlan(Plan* plan) const {
@@ -264,9 +271,8 @@ void Scheduler::Commit(const Plan& plan, Step* step) {
   }
   MakeRoom(plan, step);
   for (const Plan::Rows& rows : plan.rows) {
-    if (rows.count == 0 || rows.begin != rows.sequence->computed) continue;
-    // Who was admitted before it in this commit may have woken a block that it matches: it ends there.
-    const int32_t count = std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
+    const int32_t count = CountNow(rows);
+    if (count == 0) continue;
     if (Append(rows.sequence, count, step)) continue;
     if (!step->empty()) {  // rows of this step must not move any more
       scattered_ = true;
@@ -286,8 +292,7 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
   cache_->KeepBudget(kConvertsPerStep, &step->converts);
   int64_t rows = 0;
   for (const Plan::Rows& r : plan.rows) {
-    if (r.count > 0 && r.begin == r.sequence->computed)
-      rows += RowsFor(*r.sequence, std::min(r.count, cache_->NextStop(r.sequence->cache_id)));
+    if (const int32_t count = CountNow(r); count > 0) rows += RowsFor(*r.sequence, count);
   }
   if (rows == 0) return;
   const int64_t low = cache_->total_rows() / 128, high = cache_->total_rows() / 64;

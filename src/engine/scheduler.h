@@ -133,6 +133,7 @@ class Scheduler {
 
   int64_t RowsFor(const Sequence& sequence, int32_t count) const;
   int64_t RowsHeld(const Sequence& sequence) const;
+  int32_t CountNow(const Plan::Rows& rows) const;
   void PlanAdmissions(int64_t available, int32_t budget, Plan* plan) const;
   bool PlanAdmission(Sequence* sequence, int64_t* available, int32_t* budget, Plan* plan) const;
   void Admit(Sequence* sequence);

@@ -118,11 +118,10 @@ void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens
       const auto needed = static_cast<int>(CeilDiv(from_tail + rows, kTailStep) * kTailStep);
       fill.allocates = needed > capacity;
       fill.capacity = static_cast<uint8_t>(std::max(needed, capacity));
-      if (fill.allocates) plan.rows += UnitsOfTail(fill.capacity);
     } else {
       fill.allocates = true;
-      plan.rows += Units(fill.format);
     }
+    if (fill.allocates) plan.rows += UnitsOf(geometry_, fill.format, fill.capacity);
     plan.fills.push_back(fill);
     row += rows;
     from_tail = 0;
@@ -141,9 +140,7 @@ Status KvCache::AllocatePlan(size_t tokens) {
   rows_.clear();
   if (plan_.rows == 0) return OkStatus();
   bool complete = plan_.rows <= allocator_.free_rows();
-  const auto units = [&](const Fill& fill) {
-    return fill.format == Format::kBf16 ? UnitsOfTail(fill.capacity) : Units(fill.format);
-  };
+  const auto units = [&](const Fill& fill) { return UnitsOf(geometry_, fill.format, fill.capacity); };
   for (const Fill& fill : plan_.fills) {
     if (!fill.allocates || !complete) continue;
     const std::optional<uint32_t> row =
@@ -439,12 +436,6 @@ KvUsage KvCache::Usage(SequenceId id) const {
     usage.tail_bytes += Bytes(*b);
   }
   return usage;
-}
-
-Format KvCache::FormatFor(std::span<const KvToken> tokens, bool first_block, Format min_format) const {
-  Sequence sequence;
-  sequence.min_format = min_format;
-  return FormatOfBlock(sequence, nullptr, 0, tokens, first_block ? 0 : 1);
 }
 
 }  // namespace triaxial

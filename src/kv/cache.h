@@ -158,8 +158,6 @@ class KvCache {
   int64_t step() const { return step_; }
   const KvGeometry& geometry() const { return geometry_; }
   const TagNeeds& needs() const { return needs_; }
-  // The format that a complete block of these tokens takes now.
-  Format FormatFor(std::span<const KvToken> tokens, bool first_block, Format min_format) const;
 
   // Free + used rows equal the arena, no two blocks overlap, users equal the tables that hold a block, the
   // tree and the orders of demotion and eviction agree with the blocks, and so do counters and views.
@@ -203,13 +201,8 @@ class KvCache {
   const KvBlock& block(BlockId id) const { return blocks_[static_cast<size_t>(id)]; }
   KvBlock& block(BlockId id) { return blocks_[static_cast<size_t>(id)]; }
   int Units(Format format) const { return UnitsOf(geometry_, format); }
-  int UnitsOfTail(int capacity) const { return Units(Format::kBf16) * capacity / kBlockTokens; }
-  int Units(const KvBlock& b) const {
-    return b.format == Format::kBf16 ? UnitsOfTail(b.capacity) : Units(b.format);
-  }
-  int64_t Bytes(const KvBlock& b) const {
-    return int64_t{Units(b)} * UnitRowBytes(geometry_) * geometry_.num_layers;
-  }
+  int Units(const KvBlock& b) const { return UnitsOf(geometry_, b.format, b.capacity); }
+  int64_t Bytes(const KvBlock& b) const { return BlockBytes(geometry_, b.format, b.capacity); }
 
   // cache.cc
   Format FormatOfBlock(const Sequence& sequence, const KvBlock* tail, size_t from_tail,

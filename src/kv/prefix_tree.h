@@ -61,7 +61,6 @@ class PrefixTree {
     return *n.key;
   }
 
-  size_t size() const { return nodes_.size() - free_.size(); }
   template <typename Fn>
   void ForEach(const Fn& fn) const {  // fn(NodeId), nodes and roots
     for (size_t i = 0; i < nodes_.size(); ++i) {

@@ -101,7 +101,7 @@ Json KvBlocksJson(const std::string& id, const std::vector<KvBlock>& blocks, con
   Json list = Json::array();
   for (const KvBlock& block : blocks) {
     const auto format = static_cast<size_t>(block.format);
-    const int64_t size = BlockBytes(geometry, block.format) * block.capacity / kBlockTokens;
+    const int64_t size = BlockBytes(geometry, block.format, block.capacity);
     bytes[format] += size;
     tokens[format] += block.tokens;
     Json json = {{"position", block.position},
