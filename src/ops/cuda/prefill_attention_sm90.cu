@@ -108,7 +108,7 @@ __device__ __noinline__ void IssueBlock(const PrefillParams& p, int kv_head, uin
 }
 
 // A warpgroup that fills the tiles of keys, or those of values, of all items of this thread block. What they
-// are made of is brought into shared memory as it lies in global memory, two tiles ahead, by the values'
+// are made of is brought into shared memory as it lies in global memory, two tiles ahead, by the keys'
 // warpgroup, whose warps take turns: bringing a block costs one warp as much as expanding half a tile.
 template <int kDim, Side kSide>
 class Producer {
@@ -121,16 +121,21 @@ class Producer {
   }
 
   __device__ __forceinline__ void Run() {
-    if constexpr (!kKeys) {
+    if constexpr (kKeys) {
       for (int i = 0; i < 2; ++i) BringNext();
     }
     Ring<kStages> ring;
     Ring<kRawStages> raw_ring;
     for (Walk walk(p_, group_); !walk.done(); walk.Advance()) {
-      if constexpr (!kKeys) BringNext();
+      if constexpr (kKeys) BringNext();
       const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + ring.stage * L::kTileBytes;
       BarrierWait(base_ + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
       BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
+      // Rows are spread over the threads otherwise than blocks; what another thread wrote to this stage is
+      // over, because the stage is free, but racecheck does not follow one lane that speaks for its warp.
+      if (!walk.is_block()) {
+        asm volatile("bar.sync %0, %1;" ::"n"(kKeys ? 1 : 2), "n"(kExpandThreads) : "memory");
+      }
       const int tokens = Fill(walk, raw_ring.stage, tile);
       if (kKeys && thread_ == 0) {
         StoreShared4(base_ + L::kTokens + ring.stage * 4, static_cast<uint32_t>(tokens));
