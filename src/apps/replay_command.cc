@@ -240,9 +240,14 @@ void PrintTable(const std::vector<PolicyRun>& runs) {
   row("lost to rounding", [](const R& r) { return Percent(r.rounding_loss); });
   row("BF16 tails, of bytes in use", [](const R& r) { return Percent(r.tail_share); });
   row("KV memory in use, peak", [](const R& r) { return Percent(r.peak_usage); });
+  row("the same, while blocks are dropped", [](const R& r) { return r.filled ? Percent(*r.filled) : "-"; });
   row("requests running, mean", [](const R& r) { return Fixed(r.mean_running, 1); });
   row("requests running, peak", [](const R& r) { return Count(r.peak_running); });
   row("prefix hit rate", [](const R& r) { return Percent(r.hit_rate); });
+  row("computed, of prompt tokens", [](const R& r) {
+    return Percent(static_cast<double>(r.prefilled_tokens) /
+                   std::max(1.0, static_cast<double>(r.prompt_tokens)));
+  });
   row("demotions", [](const R& r) { return Count(r.demotions); });
   row("evictions", [](const R& r) { return Count(r.evictions); });
   row("preemptions", [](const R& r) { return Count(r.preemptions); });
