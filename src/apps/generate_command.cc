@@ -6,6 +6,7 @@
 #include "apps/commands.h"
 #include "apps/terminal.h"
 #include "base/json.h"
+#include "text/conversation_file.h"
 #include "text/output_parser.h"
 
 namespace triaxial {
@@ -115,9 +116,12 @@ Command AddGenerate(CLI::App* app) {
       if (!flags->images.empty()) return InvalidArgument("--raw takes no --image");
       request.prompt = BuildRawPrompt(model, model.tokenizer->Encode(flags->prompt, ParseSpecial::kAll));
     } else {
-      ConversationFile file;
+      Conversation conversation;
+      std::string images;  // directory of the pictures
       if (!flags->messages.empty()) {
-        ASSIGN_OR_RETURN(file, LoadConversation(flags->messages, flags->line));
+        ASSIGN_OR_RETURN(const ConversationLine line, LoadConversation(flags->messages, flags->line));
+        ASSIGN_OR_RETURN(conversation, line.Parse());
+        images = line.images;
       } else {
         if (flags->prompt.empty() && flags->images.empty())
           return InvalidArgument("nothing to answer: give --prompt TEXT or --messages FILE");
@@ -125,18 +129,17 @@ Command AddGenerate(CLI::App* app) {
         for (const std::string& image : flags->images)
           message.content.push_back({ContentPart::Kind::kImage, image});
         if (!flags->prompt.empty()) message.content.push_back({ContentPart::Kind::kText, flags->prompt});
-        file.conversation.messages.push_back(std::move(message));
+        conversation.messages.push_back(std::move(message));
       }
       // A recorded conversation that ends with the assistant's answer is asked again for that answer.
-      auto& messages = file.conversation.messages;
+      auto& messages = conversation.messages;
       while (messages.size() > 1 && messages.back().role == Role::kAssistant) messages.pop_back();
       const TemplateOptions options;
-      ASSIGN_OR_RETURN(request.prompt,
-                       BuildChatPrompt(model, file.conversation, options, ImageFromFiles(file.directory)));
+      ASSIGN_OR_RETURN(request.prompt, BuildChatPrompt(model, conversation, options, ImageFromFiles(images)));
       request.starts_in_thought = model.chat_template->GenerationStartsInThought(options);
       output.parse_reasoning = true;
       output.starts_in_thought = request.starts_in_thought;
-      output.parse_tool_calls = !file.conversation.tools.empty();
+      output.parse_tool_calls = !conversation.tools.empty();
     }
     request.sampling = flags->sampling;
     if (temperature->count() == 0 && model.generation.do_sample) {
