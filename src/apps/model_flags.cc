@@ -119,6 +119,9 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   options.store.disk_dir = flags.kv_disk_dir;
   if (!flags.kv_disk_dir.empty()) {
     ASSIGN_OR_RETURN(options.store.disk_bytes, BytesOf("--kv-disk-bytes", flags.kv_disk_bytes));
+    if (options.store.disk_bytes == 0) {
+      return InvalidArgument("--kv-disk-bytes is 0; leave out --kv-disk-dir to keep nothing on disk");
+    }
     // Arithmetic in F32 makes other keys and values than BF16 does.
     ASSIGN_OR_RETURN(options.store.fingerprint, CheckpointIdentity(model.directory, flags.tokenizer));
     options.store.fingerprint += " " + flags.dtype + " " + flags.load_format;
