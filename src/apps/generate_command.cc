@@ -91,12 +91,15 @@ Command AddGenerate(CLI::App* app) {
   AddPolicyFlags(command, &flags->model);
   AddEngineFlags(command, &flags->model);
   CLI::Option* prompt = command->add_option("--prompt", flags->prompt, "A user message");
-  command
-      ->add_option("--messages", flags->messages, "JSON file with messages and tools ('-': standard input)")
-      ->excludes(prompt);
-  command->add_option("--line", flags->line, "Line of a JSONL file given by --messages, from 1")
+  CLI::Option* messages = command
+                              ->add_option("--messages", flags->messages,
+                                           "JSON file with messages and tools ('-': standard input)")
+                              ->excludes(prompt);
+  command->add_option("--line", flags->line, "Line of a file with one conversation a line, from 1")
+      ->needs(messages)
       ->check(CLI::Range(1, 1 << 30));
-  command->add_option("--image", flags->images, "Image file put before the prompt; may be repeated");
+  command->add_option("--image", flags->images, "Image file put before the prompt; may be repeated")
+      ->excludes(messages);
   command->add_flag("--raw", flags->raw, "Complete the prompt as it is, without the chat template");
   command
       ->add_option("--max-tokens", flags->sampling.max_tokens,

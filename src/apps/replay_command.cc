@@ -47,8 +47,8 @@ void AddFlags(CLI::App* command, Flags* flags) {
   command
       ->add_option(
           "--trace", flags->traces,
-          "What is replayed, by format: Mooncake's JSONL, Azure's CSV, or conversations as JSONL (messages "
-          "and tools; each assistant message is a step). Repeatable")
+          "What is replayed, by format: Mooncake's JSONL, Azure's CSV, or conversations, one a line, as "
+          "'serve --record' writes them (each assistant message is a step). Repeatable")
       ->required();
   AddCheckpointFlags(command, &flags->model);
   command->get_option("--model")->description("Checkpoint directory, or a config.json; no weights are read");
@@ -104,7 +104,7 @@ void AddFlags(CLI::App* command, Flags* flags) {
       ->add_option("--max-model-len", flags->max_model_len,
                    "Longest sequence in tokens (default: the model's)")
       ->check(CLI::Range(0, 1 << 24));
-  command->add_option("--html", flags->html, "Write a page with the curves over time");
+  command->add_option("--html", flags->html, "Page with the curves over time to write (default: none)");
   command->add_flag("--json", flags->json, "Print the results as JSON");
 }
 
@@ -152,6 +152,12 @@ Result<Inputs> Prepare(const Flags& flags) {
     ASSIGN_OR_RETURN(Policy policy, LoadPolicy(name));
     if (policy.priced && !options.distortion) options.distortion = policy.distortion;
     inputs.policies.push_back(std::move(policy));
+  }
+  const bool any_priced = std::any_of(inputs.policies.begin(), inputs.policies.end(),
+                                      [](const Policy& policy) { return policy.priced; });
+  if (flags.budget_bits > 0 && !any_priced) {
+    return InvalidArgument("--kv-budget-bits needs a policy with a distortion table; " +
+                           inputs.policies[0].name + " says fixed formats");
   }
   const TextConfig& text = inputs.config.text;
   options.geometry = {text.num_layers, text.num_kv_heads, text.head_dim,

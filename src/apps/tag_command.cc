@@ -57,7 +57,9 @@ Command AddTag(CLI::App* app) {
   CLI::Option* file =
       command->add_option("messages", flags->file, "JSON file with messages and tools ('-': standard input)");
   command->add_option("--prompt", flags->prompt, "A raw prompt instead")->excludes(file);
-  command->add_option("--line", flags->line, "Line of a JSONL file, from 1")->check(CLI::Range(1, 1 << 30));
+  command->add_option("--line", flags->line, "Line of a file with one conversation a line, from 1")
+      ->needs(file)
+      ->check(CLI::Range(1, 1 << 30));
   command->add_flag("--json", flags->json, "Print JSON");
   return [flags]() -> Status {
     if (flags->file.empty() && flags->prompt.empty())

@@ -22,7 +22,11 @@ class Pictures {
 
   Result<std::shared_ptr<const ImagePatches>> Find(const std::string& url) {
     if (const auto known = known_.find(url); known != known_.end()) return known->second;
-    ASSIGN_OR_RETURN(const std::string bytes, source_(url));
+    Result<std::string> found = source_(url);
+    if (!found.ok() && found.status().code() == Code::kNotFound) {
+      return NotFound(found.status().message() + "; say where the pictures are by --images");
+    }
+    ASSIGN_OR_RETURN(const std::string bytes, std::move(found));
     ASSIGN_OR_RETURN(const ImageSize size, ReadImageSize(bytes, ImageLimits{}));
     ASSIGN_OR_RETURN(const ImageSize grid, GridOf(size, options_.preprocessor));
     auto patches = std::make_shared<ImagePatches>();

@@ -160,5 +160,28 @@ class RecordTest(unittest.TestCase):
             self.assertIn(mentions, result.stderr, args)
 
 
+class CommandLineTest(unittest.TestCase):
+    def test_mistakes_are_told_in_one_sentence(self):
+        episodes = "models/pocket-agent/episodes/heldout.jsonl"
+        for args, status, mentions in (((), 2, "triaxial --help"),
+                                       (("sing",), 2, "no command 'sing'"),
+                                       (("policy", "sing"), 2, "triaxial policy: there is no command 'sing'"),
+                                       (("serve", "--bogus"), 2, "--bogus"),
+                                       (("serve", "--port", "many"), 2, "--port"),
+                                       (("serve", "--model", "/nowhere"), 1, "/nowhere is no directory"),
+                                       (("tag", "--line", "2", "--prompt", "a"), 2, "--line requires"),
+                                       (("tag", episodes), 1, "choose one with --line"),
+                                       (("tag", episodes, "--line", "15"), 1, episodes + ", line 15"),
+                                       (("generate", "--messages", episodes, "--line", "1", "--image", "a.png"), 2, "--image"),
+                                       (("demo", "--html", "/nowhere/page.html"), 1, "/nowhere"),
+                                       (("replay", "--trace", episodes, "--kv-budget-bits", "3"), 1, "--kv-budget-bits"),
+                                       (("replay", "--trace", "tests/data/text/trajectories.jsonl"), 1, "--images")):
+            result = subprocess.run([BINARY, *args], capture_output=True, text=True, timeout=60, check=False)
+            self.assertEqual(result.returncode, status, args)
+            self.assertIn(mentions, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+            self.assertEqual(result.stdout, "")
+
+
 if __name__ == "__main__":
     unittest.main()
