@@ -103,10 +103,11 @@ Status RunDemo(const DemoFlags& flags) {
   ASSIGN_OR_RETURN(const KvCalibration calibration,
                    LoadKvCalibration(flags.model.model, text.num_layers, text.head_dim));
 
-  // Not after minutes of playing.
-  const std::filesystem::path folder = std::filesystem::absolute(flags.html).parent_path();
-  if (!flags.html.empty() && !std::filesystem::is_directory(folder)) {
-    return NotFound("there is no directory " + folder.string() + " to write --html " + flags.html + " to");
+  if (!flags.html.empty()) {  // not found out after minutes of playing
+    const std::filesystem::path folder = std::filesystem::absolute(flags.html).parent_path();
+    if (!std::filesystem::is_directory(folder)) {
+      return NotFound("there is no directory " + folder.string() + " to write --html " + flags.html + " to");
+    }
   }
   std::vector<DemoRun> runs;
   for (const std::string& name : flags.policies) {

@@ -86,6 +86,7 @@ Command AddGenerate(CLI::App* app) {
     bool raw = false, json = false;
   };
   auto flags = std::make_shared<Flags>();
+  flags->sampling.max_tokens = 1024;  // a model out of its depth may never stop
   CLI::App* command = app->add_subcommand("generate", "Answer one conversation or prompt in the terminal");
   AddCheckpointFlags(command, &flags->model);
   AddPolicyFlags(command, &flags->model);
@@ -103,8 +104,9 @@ Command AddGenerate(CLI::App* app) {
   command->add_flag("--raw", flags->raw, "Complete the prompt as it is, without the chat template");
   command
       ->add_option("--max-tokens", flags->sampling.max_tokens,
-                   "Most tokens to generate (default: until the model stops)")
-      ->check(CLI::Range(0, 1 << 30));
+                   "Most tokens to generate; 0: until the model stops")
+      ->check(CLI::Range(0, 1 << 30))
+      ->capture_default_str();
   CLI::Option* temperature = command->add_option("--temperature", flags->sampling.temperature,
                                                  "0: greedy (default: the checkpoint's)");
   command->add_option("--top-p", flags->sampling.top_p, "Nucleus");
