@@ -37,11 +37,11 @@ struct RecordedConversation {
 struct RecordedFile {
   std::string path;
   std::string images;       // directory that paths of pictures are relative to
-  std::vector<Json> lines;  // objects with messages, and tools, id, split if they have them
+  std::vector<Json> lines;  // {id, messages, tools}; tools may be null
 };
 
 // At most `limit` conversations (0: all), from the first on. Pictures are relative to the file if `images` is
-// "". Errors name file and line; a file without conversations is one.
+// "". Errors as ConversationFile::Open and Read.
 Result<RecordedFile> LoadRecorded(const std::string& path, const std::string& images, size_t limit);
 
 // Line `line` (from 0) as steps. InvalidArgument names file, line and message: what cannot be rendered, a
