@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 
@@ -15,6 +16,7 @@ namespace triaxial {
 struct Hardening {
   int key_scale = 32;  // k_norm of a chosen channel is multiplied by it, q_norm divided
   int key_pairs = 4;   // channels c < head_dim / 2 in each layer, each with the other half of its RoPE pair
+  std::vector<std::vector<int>> key_channels;  // [layers] which ones; empty: key_pairs of them, by the seed
   int value_scale =
       1;  // rows of v_proj are multiplied by it, the columns of o_proj that read them divided; 1: none
   int value_channels = 4;  // of each KV head in each layer
