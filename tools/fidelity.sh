@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # One process a core, one thread each: the model is too small for more.
+cores=$(nproc)
 export OMP_NUM_THREADS=1
 export data=models/pocket-agent/trajectories
 export out=build/fidelity
@@ -37,7 +38,7 @@ score() {
     --json "$out/$1.$2.part.json" --html "$out/$1.$2.html" >"$out/$1.$2.txt"
 }
 export -f prepare score
-parallel() { xargs -P "$(nproc)" -I{} bash -c "set -euo pipefail; $1 {}"; }
+parallel() { xargs -P "$cores" -I{} bash -c "set -euo pipefail; $1 {}"; }
 
 # Key channels of the hard checkpoints: numpy.random.default_rng(0).choice(64, 4, replace=False), layer by layer.
 channels=17,32,51,39/1,51,10,41/45,59,34,39/0,49,41,25/45,11,53,46/18,33,30,4

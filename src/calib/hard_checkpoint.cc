@@ -203,7 +203,10 @@ Status HardenCheckpoint(const std::string& from, const std::string& to, const Ha
   if (error) return Internal("cannot make " + to + ": " + error.message());
   if (fs::equivalent(from, to, error)) return InvalidArgument("the checkpoint cannot be written over itself");
   for (const fs::directory_entry& entry : fs::directory_iterator(from, error)) {
-    if (!entry.is_regular_file() || entry.path().filename() == "kv_calibration.json") continue;
+    if (!entry.is_regular_file() || entry.path().filename() == "kv_calibration.json" ||
+        entry.path().filename() == "kv_policy.json") {
+      continue;
+    }
     const std::string target = (fs::path(to) / entry.path().filename()).string();
     if (entry.path().extension() == ".safetensors") {
       RETURN_IF_ERROR(RewriteShard(entry.path().string(), target, checkpoint, plan));

@@ -24,7 +24,7 @@ struct Hardening {
 };
 
 // Writes `to` (made if it does not exist) with all files of the checkpoint `from`, its weights changed.
-// Subdirectories are left out, and so is kv_calibration.json, which has to be fitted anew. Errors:
+// Subdirectories are left out, and so are kv_calibration.json and kv_policy.json, to be made anew. Errors:
 // InvalidArgument (no power of two, more channels than there are, a scale that a weight's type cannot hold,
 // the same directory twice), and those of LoadModelConfig and Checkpoint::Open.
 Status HardenCheckpoint(const std::string& from, const std::string& to, const Hardening& hardening);
