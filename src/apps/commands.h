@@ -34,7 +34,7 @@ struct ModelFlags {
   std::string device = "auto";
   std::string load_format = "auto";
   std::string dtype = "bf16";
-  std::string kv_policy = "paper";
+  std::string kv_policy;  // "": see PolicyOf
   std::string kv_codec = "rotated";
   std::string kv_memory;
   int max_model_len = 0;
@@ -49,8 +49,11 @@ struct ModelFlags {
 };
 void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags);      // --kv-policy, --kv-codec
-void AddEngineFlags(CLI::App* app, ModelFlags* flags);      // how it computes, and with how much memory
-void AddServerFlags(CLI::App* app, ModelFlags* flags);      // what idle sessions and the queue may take
+// The policy by name or file: --kv-policy; if it is not given, the checkpoint's own kv_policy.json (for the
+// codec rotated), else paper.
+std::string PolicyOf(const ModelFlags& flags);
+void AddEngineFlags(CLI::App* app, ModelFlags* flags);  // how it computes, and with how much memory
+void AddServerFlags(CLI::App* app, ModelFlags* flags);  // what idle sessions and the queue may take
 
 // Loads weights and starts the engine; says what it does on stderr.
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model);

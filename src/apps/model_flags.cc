@@ -49,11 +49,19 @@ void AddCheckpointFlags(CLI::App* app, ModelFlags* flags) {
 
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags) {
   app->add_option("--kv-policy", flags->kv_policy,
-                  "Which format each tag deserves: " + PolicyNames() + ", or a JSON file")
-      ->capture_default_str();
+                  "Which format each tag deserves: " + PolicyNames() +
+                      ", or a JSON file (default: kv_policy.json of the checkpoint, calibrated for the codec "
+                      "rotated; without one, paper)");
   app->add_option("--kv-codec", flags->kv_codec, "How blocks are quantized")
       ->check(CLI::IsMember({"rotated", "paper"}))
       ->capture_default_str();
+}
+
+std::string PolicyOf(const ModelFlags& flags) {
+  if (!flags.kv_policy.empty()) return flags.kv_policy;
+  const std::string own = flags.model + "/kv_policy.json";
+  std::error_code ignored;
+  return flags.kv_codec == "rotated" && std::filesystem::exists(own, ignored) ? own : "paper";
 }
 
 void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
@@ -105,7 +113,7 @@ void AddServerFlags(CLI::App* app, ModelFlags* flags) {
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model) {
   SetComputeThreads(flags.threads);
   EngineOptions options;
-  ASSIGN_OR_RETURN(options.policy, LoadPolicy(flags.kv_policy));
+  ASSIGN_OR_RETURN(options.policy, LoadPolicy(PolicyOf(flags)));
   if (!flags.kv_memory.empty()) {
     ASSIGN_OR_RETURN(options.kv_memory, BytesOf("--kv-memory", flags.kv_memory));
     if (options.kv_memory == 0) return InvalidArgument("--kv-memory is 0; leave it out to let it be chosen");

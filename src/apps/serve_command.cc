@@ -83,7 +83,7 @@ Command AddServe(CLI::App* app) {
     const int length = engine->max_model_len();
     ASSIGN_OR_RETURN(const std::unique_ptr<ApiServer> server,
                      ApiServer::Start(std::move(model), std::move(engine), std::move(options)));
-    spdlog::info("model {}: policy {}, codec {}, up to {} tokens a sequence", name, flags->model.kv_policy,
+    spdlog::info("model {}: policy {}, codec {}, up to {} tokens a sequence", name, PolicyOf(flags->model),
                  Name(geometry.codec), Count(length));
     spdlog::info("listening on http://{}:{}/v1 (press Ctrl-C to stop)", flags->http.host, server->port());
     int received = 0;

@@ -65,7 +65,7 @@ Command AddTag(CLI::App* app) {
     if (flags->file.empty() && flags->prompt.empty())
       return InvalidArgument("nothing to tag: give a JSON file or --prompt TEXT");
     ASSIGN_OR_RETURN(const ServedModel model, LoadServedModel(flags->model.model, flags->model.tokenizer));
-    ASSIGN_OR_RETURN(const Policy policy, LoadPolicy(flags->model.kv_policy));
+    ASSIGN_OR_RETURN(const Policy policy, LoadPolicy(PolicyOf(flags->model)));
     Prompt prompt;
     if (!flags->prompt.empty()) {
       prompt = BuildRawPrompt(model, model.tokenizer->Encode(flags->prompt, ParseSpecial::kAll));
