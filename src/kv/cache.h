@@ -44,7 +44,7 @@ struct KvMatch {
   int32_t begin = 0;      // leading tokens that are there
   int32_t stop = 0;       // where the next cached run begins behind `begin`; the prompt's end if none does
   int32_t tokens = 0;     // in all runs
-  int64_t idle_rows = 0;  // unit rows of matched blocks that no sequence uses now
+  int64_t idle_rows = 0;  // unit rows of the blocks before `begin` that no sequence uses now
 };
 
 // What committing an append will do, for the kernels. Capacity is kept between steps.

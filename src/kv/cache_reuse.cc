@@ -39,12 +39,12 @@ KvMatch KvCache::Match(const KvPrompt& prompt) const {
     const auto position = static_cast<int32_t>(b * kBlockTokens);
     if (match.begin == position) {
       match.begin += kBlockTokens;
+      if (found.users == 0) match.idle_rows += Units(found);
     } else if (!stopped) {
       stopped = true;
       match.stop = position;
     }
     match.tokens += kBlockTokens;
-    if (found.users == 0) match.idle_rows += Units(found);
   }
   return match;
 }

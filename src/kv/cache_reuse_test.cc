@@ -189,6 +189,17 @@ TEST(CacheReuse, AFloorComputesOnlyTheBlocksBelowIt) {
   EXPECT_EQ(world.Formats(c), "k4v4 k4v4 k4v4 bf16") << "the better block is the one that is found";
 }
 
+TEST(CacheReuse, IdleRowsAreThoseOfTheFirstRunAlone) {
+  World world;
+  const std::vector<KvToken> prompt = Text(64, 0, kTag4) + Text(64, 100, kTag2) + Text(74, 200, kTag4);
+  const SequenceId a = world.Run(prompt);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt}).idle_rows, 0);
+  world.cache.FreeSequence(a);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt}).idle_rows, 18 + 10 + 18);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt, .min_format = k4}).idle_rows, 18)
+      << "whoever predicts what comes behind the first run counts the others";
+}
+
 TEST(CacheReuse, BlocksGrowOldInPlaceWhenAConversationMovesOn) {
   World world;
   const std::vector<KvToken> turn = Text(200, 0, kTag4);
