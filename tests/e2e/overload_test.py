@@ -22,7 +22,6 @@ from server import Server
 
 RUNNING, QUEUED, OVERLOAD = 4, 16, 10
 TENANTS = {"greedy": 7, "one": 1, "two": 1, "three": 1}  # shares of what is offered
-OUTPUT_TOKENS = 128
 ARGS = ("--max-num-seqs", str(RUNNING), "--max-queued", str(QUEUED), "--kv-memory", "8M", "--threads", "1")
 
 
@@ -64,14 +63,15 @@ class Phase:
 
 
 class Load:
-    def __init__(self, server):
+    def __init__(self, server, output_tokens):
         self.port = server.port
+        self.output_tokens = output_tokens
         self.random = random.Random(1)
 
     async def ask(self, phase, tenant):
         phase.offered[tenant] += 1
         prompt = self.random.choices(range(1, 90), k=self.random.randrange(64, 320))
-        body = json.dumps({"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "seed": 1}).encode()
+        body = json.dumps({"prompt": prompt, "max_tokens": self.output_tokens, "ignore_eos": True, "seed": 1}).encode()
         head = (f"POST /v1/completions HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer key-{tenant}\r\n"
                 f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n").encode()
         begin = time.monotonic()
@@ -127,8 +127,8 @@ async def sample(server, samples):
         await asyncio.sleep(0.5)
 
 
-async def measure(server, seconds):
-    load = Load(server)
+async def measure(server, seconds, output_tokens):
+    load = Load(server, output_tokens)
     at_capacity = max(1.5, min(60, seconds / 5))
     await load.closed(min(5, at_capacity))  # warms up
     phases, memory = [], []
@@ -145,7 +145,7 @@ async def measure(server, seconds):
     half = memory[1][len(memory[1]) // 2:]
     capacity = statistics.fmean(before.latencies + after.latencies)
     return {
-        "server": list(ARGS), "output_tokens": OUTPUT_TOKENS,
+        "server": list(ARGS), "output_tokens": output_tokens,
         "at_capacity_before": before.report(), "overload": overload.report(), "at_capacity_after": after.report(),
         "bad_retry_after": sum(phase.bad_retry_after for phase in phases),
         "latency_over_capacity": statistics.fmean(overload.latencies) / capacity,
@@ -156,12 +156,12 @@ async def measure(server, seconds):
     }
 
 
-def run(seconds):
+def run(seconds, output_tokens):
     with tempfile.NamedTemporaryFile("w", suffix=".keys") as file:
         file.write("".join(f"key-{name}\n" for name in TENANTS))
         file.flush()
         server = Server(*ARGS, "--api-key-file", file.name)
-    result = asyncio.run(measure(server, seconds))
+    result = asyncio.run(measure(server, seconds, output_tokens))
     key = {"Authorization": "Bearer key-one"}
     result["check_after"] = server.request("POST", "/v1/kv/check", headers=key)[1]
     result["left"] = server.wait_for(lambda *load: load == (0, 0, 0), 10)
@@ -171,7 +171,7 @@ def run(seconds):
 
 class OverloadTest(unittest.TestCase):
     def test_what_is_too_much_is_refused_and_the_rest_is_served(self):
-        result = run(seconds=3)
+        result = run(seconds=3, output_tokens=24)
         self.check(result)
 
     def check(self, result):
@@ -192,7 +192,7 @@ def main():
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--json")
     options = parser.parse_args()
-    result = run(options.seconds)
+    result = run(options.seconds, output_tokens=128)
     text = json.dumps(result, indent=1)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
