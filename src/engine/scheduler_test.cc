@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "kv/policy.h"
 
@@ -33,8 +36,9 @@ class World {
     bool done = false;
   };
 
-  Job* Add(int32_t prompt, int32_t to_generate, Format wish = Format::kK2V2) {
+  Job* Add(int32_t prompt, int32_t to_generate, Format wish = Format::kK2V2, const std::string& tenant = "") {
     auto job = std::make_unique<Job>();
+    job->tenant = tenant;
     job->id = static_cast<RequestId>(jobs.size()) + 1;
     for (int32_t i = 0; i < prompt; ++i) job->kv_tokens.push_back(Token(*job, wish));
     job->to_generate = to_generate;
@@ -191,6 +195,84 @@ TEST(Scheduler, FailsWhatDoesNotFitAlone) {
   EXPECT_TRUE(after->done);
   EXPECT_TRUE(never->failed);
   EXPECT_TRUE(last->done);
+}
+
+TEST(Scheduler, FailsTheHeadThatBlocksAndNoOtherTenants) {
+  World world(3 * Rows(Format::kBf16), {.max_running = 4, .max_step_tokens = 100});
+  World::Job* never = world.Add(64 * 40, 1, Format::kBf16, "a");
+  World::Job* modest = world.Add(10, 3, Format::kBf16, "b");
+  int steps = 0;
+  while (world.Run()) ASSERT_LT(++steps, 1000);
+  EXPECT_TRUE(never->failed);
+  EXPECT_TRUE(modest->done);
+  EXPECT_TRUE(world.Unused());
+}
+
+TEST(Scheduler, WhatFitsOnceItsCachedBlocksHaveAgedIsAdmitted) {
+  World world(5 * Rows(Format::kBf16), {.max_running = 4, .max_step_tokens = 1000});
+  World::Job* first = world.Add(193, 1, Format::kBf16);
+  while (world.Run()) {
+  }
+  ASSERT_TRUE(first->done);
+  ASSERT_EQ(world.cache.cached_tokens(), 192);
+  // The same text again, of which less is to be kept by now, and more: three blocks of BF16 in the cache, a
+  // tail and a block of growth would be all that there is.
+  World::Job* again = world.Add(321, 1, Format::kK2V2);
+  for (size_t i = 0; i < 192; ++i) again->kv_tokens[i].content = first->kv_tokens[i].content;
+  int steps = 0;
+  while (world.Run()) ASSERT_LT(++steps, 100);
+  EXPECT_TRUE(again->done);
+  EXPECT_EQ(again->cached_tokens, 192);
+  EXPECT_TRUE(world.Unused());
+}
+
+TEST(Scheduler, TheLastOneFailsOnlyWhenNobodyIsLeftToPreempt) {
+  World world(368 + 10 * Rows(Format::kBf16), {.max_running = 4, .max_step_tokens = 1000});
+  World::Job* first = world.Add(112, 20, Format::kBf16);  // its tail is full and takes 64 rows to grow
+  World::Job* second = world.Add(256, 3, Format::kBf16);
+  World::Job* third = world.Add(256, 3, Format::kBf16);  // holds the same blocks as the second
+  for (size_t i = 0; i < 256; ++i) third->kv_tokens[i].content = second->kv_tokens[i].content;
+  world.Run();
+  ASSERT_EQ(first->computed + second->computed + third->computed, 112 + 256 + 256);
+  ASSERT_EQ(world.cache.free_rows(), 10 * Rows(Format::kBf16));
+  world.cache.Compact([](uint32_t, uint32_t, int) {});
+  const SequenceId other = world.cache.CreateSequence();  // has the rest of the arena
+  KvAppend append;
+  ASSERT_TRUE(
+      world.cache.Append(other, std::vector<KvToken>(640, {{}, static_cast<uint8_t>(Format::kBf16)}), &append)
+          .ok());
+  world.cache.FinishStep();
+  int steps = 0;
+  while (world.Run()) ASSERT_LT(++steps, 1000);
+  EXPECT_TRUE(first->done && second->done && third->done);
+  EXPECT_GE(world.scheduler.preemptions(), 2);
+  world.cache.FreeSequence(other);
+  EXPECT_TRUE(world.Unused());
+}
+
+TEST(Scheduler, WhatCouldNotBeAdmittedStillWaits) {
+  struct Backing : KvBacking {
+    bool asleep() const override { return true; }
+    bool Contains(const BlockKey&) const override { throw std::bad_alloc(); }
+  } backing;
+  KvCache cache(kGeometry, 1000, TagNeeds::ByIndex());
+  Scheduler scheduler({.max_running = 4, .max_step_tokens = 100}, &cache, &backing);
+  Sequence sequence;
+  sequence.id = 1;
+  sequence.kv_tokens.resize(200);
+  scheduler.Enqueue(&sequence);
+  Plan plan;
+  Step step;
+  scheduler.MakePlan(&plan);
+  EXPECT_THROW(scheduler.Commit(plan, &step), std::bad_alloc);
+  EXPECT_TRUE(scheduler.AbortStep().empty());
+  EXPECT_EQ(scheduler.waiting(), 1);
+  EXPECT_EQ(scheduler.running(), 0);
+  const Status status = cache.CheckIntegrity();
+  EXPECT_TRUE(status.ok()) << status.message();
+  scheduler.Remove(&sequence);
+  EXPECT_EQ(scheduler.waiting(), 0);
+  EXPECT_TRUE(scheduler.idle());
 }
 
 TEST(Scheduler, PredictionCoversThePrefill) {
