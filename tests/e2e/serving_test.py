@@ -130,6 +130,12 @@ class RecordTest(unittest.TestCase):
                                                check=True, timeout=60).stdout)
             self.assertTrue(any("/image/" in span["tag"] for span in tagged["spans"]))
 
+    def test_the_default_policy_is_the_checkpoints_own(self):
+        for args, policy in (((), "pocket-agent"), (("--kv-codec", "paper"), "paper"), (("--kv-policy", "int4"), "int4")):
+            tagged = subprocess.run([BINARY, "tag", "--prompt", "Hello", "--json", *args], capture_output=True, check=True,
+                                    timeout=60).stdout
+            self.assertEqual(json.loads(tagged)["policy"], policy, args)
+
     def test_options_that_make_no_sense(self):
         for args, mentions in ((("--record", "/nowhere/chats.jsonl"), "/nowhere/chats.jsonl"),
                                (("--record", "/dev/null"), "regular file"),
@@ -137,7 +143,7 @@ class RecordTest(unittest.TestCase):
                                (("--record", "x.jsonl", "--record-bytes", "much"), "--record-bytes"),
                                (("--kv-disk-bytes", "1G"), "--kv-disk-dir"),
                                (("--kv-host-bytes", "much"), "--kv-host-bytes"),
-                               (("--kv-budget-bits", "3"), "--kv-budget-bits"),
+                               (("--kv-policy", "paper", "--kv-budget-bits", "3"), "--kv-budget-bits"),
                                (("--kv-budget-bits", "-1"), "--kv-budget-bits"),
                                (("--max-queued", "0"), "--max-queued"),
                                (("--request-timeout", "-1"), "--request-timeout")):
