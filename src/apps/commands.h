@@ -58,15 +58,6 @@ void AddServerFlags(CLI::App* app, ModelFlags* flags);  // what idle sessions an
 // Loads weights and starts the engine; says what it does on stderr.
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model);
 
-// A conversation from a file ("-" for standard input): an OpenAI request or an object with messages and
-// tools, a list of messages, or line `line` (from 1) of a JSONL file of such objects. Image paths are
-// relative to `directory`.
-struct ConversationFile {
-  Conversation conversation;
-  std::string directory;
-};
-Result<ConversationFile> LoadConversation(const std::string& path, int line);
-
 }  // namespace triaxial
 
 #endif  // TRIAXIAL_APPS_COMMANDS_H_

@@ -1,11 +1,8 @@
 #include <filesystem>
-#include <iostream>
-#include <iterator>
 
 #include "apps/checkpoint_identity.h"
 #include "apps/commands.h"
 #include "apps/terminal.h"
-#include "base/file.h"
 #include "base/log.h"
 #include "base/parallel.h"
 #include "kv/policy.h"
@@ -130,6 +127,9 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   options.store.disk_dir = flags.kv_disk_dir;
   if (!flags.kv_disk_dir.empty()) {
     ASSIGN_OR_RETURN(options.store.disk_bytes, BytesOf("--kv-disk-bytes", flags.kv_disk_bytes));
+    if (options.store.disk_bytes == 0) {
+      return InvalidArgument("--kv-disk-bytes is 0; leave out --kv-disk-dir to keep nothing on disk");
+    }
     // Arithmetic in F32 makes other keys and values than BF16 does.
     ASSIGN_OR_RETURN(options.store.fingerprint, CheckpointIdentity(model.directory, flags.tokenizer));
     options.store.fingerprint += " " + flags.dtype + " " + flags.load_format;
@@ -152,39 +152,6 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
     options.max_step_tokens = std::max(loaded->on_gpu() ? 2048 : 512, options.max_running);
   }
   return Engine::Create(std::move(loaded), model.preprocessor, model.generation, model.markup, options);
-}
-
-Result<ConversationFile> LoadConversation(const std::string& path, int line) {
-  constexpr size_t kMaxBytes = size_t{256} << 20;
-  std::string text;
-  ConversationFile file;
-  if (path == "-") {
-    text.assign(std::istreambuf_iterator<char>(std::cin), {});
-    file.directory = ".";
-  } else {
-    ASSIGN_OR_RETURN(text, ReadFile(path, kMaxBytes));
-    file.directory = std::filesystem::path(path).parent_path().string();
-  }
-  std::string what = path;
-  if (line > 0) {
-    size_t begin = 0;
-    for (int i = 1; i < line && begin != std::string::npos; ++i) {
-      const size_t newline = text.find('\n', begin);
-      begin = newline == std::string::npos ? newline : newline + 1;
-    }
-    if (begin == std::string::npos || begin >= text.size())
-      return InvalidArgument(path + " has no line " + std::to_string(line));
-    text = text.substr(begin, text.find('\n', begin) - begin);
-    what += " line " + std::to_string(line);
-  }
-  ASSIGN_OR_RETURN(Json json, ParseJson(text, what));
-  if (json.is_object() && json.contains("request")) json = Json(json["request"]);
-  const Json tools = json.is_object() && json.contains("tools") ? json["tools"] : Json(nullptr);
-  if (json.is_object() && !json.contains("messages"))
-    return InvalidArgument(what + " has no messages; give an OpenAI chat request or a list of messages");
-  const Json messages = json.is_object() ? json["messages"] : json;
-  ASSIGN_OR_RETURN(file.conversation, ParseConversation(messages, tools));
-  return file;
 }
 
 }  // namespace triaxial

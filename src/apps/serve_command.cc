@@ -42,8 +42,8 @@ Command AddServe(CLI::App* app) {
       ->capture_default_str();
   CLI::Option* record = command->add_option(
       "--record", flags->record,
-      "File to which every finished chat is appended, with all that users wrote and all pictures, one JSON "
-      "line each, for 'tag' and 'calibrate' (default: none)");
+      "File to which finished chats are appended, with all that users wrote and all pictures, one JSON line "
+      "for each conversation, for 'tag', 'calibrate', 'eval' and 'replay' (default: none)");
   command->add_option("--record-bytes", flags->record_bytes, "Size of that file at which recording ends")
       ->needs(record)
       ->capture_default_str();

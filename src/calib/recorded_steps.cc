@@ -6,12 +6,10 @@
 #include <filesystem>
 #include <utility>
 
-#include "base/file.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
-
-constexpr size_t kMaxFile = size_t{1} << 30;
 
 Result<std::vector<std::shared_ptr<const ImagePatches>>> LoadImages(const ServedModel& model,
                                                                     const Conversation& conversation,
@@ -116,23 +114,13 @@ Result<RecordedStep> MakeStep(const Renderer& renderer, size_t m) {
 Result<RecordedFile> LoadRecorded(const std::string& path, const std::string& images, size_t limit) {
   RecordedFile file{
       path, images.empty() ? std::filesystem::path(path).parent_path().string() : images, {}, {}};
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFile));
-  size_t number = 0;
-  for (size_t begin = 0; begin < text.size() && (limit == 0 || file.lines.size() < limit);) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    const std::string_view line = std::string_view(text).substr(begin, end - begin);
-    begin = end + 1;
-    ++number;
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    const std::string what = fmt::format("{}, line {}", path, number);
-    ASSIGN_OR_RETURN(Json json, ParseJson(line, what));
-    if (!json.is_object() || !json.contains("messages")) {
-      return InvalidArgument(what + " is no conversation; expected an object with messages and tools");
-    }
-    file.lines.push_back(std::move(json));
-  }
-  if (file.lines.empty()) {
-    return InvalidArgument(path + " holds no conversation; expected one JSON object with messages a line");
+  ASSIGN_OR_RETURN(const ConversationFile recorded, ConversationFile::Open(path, images));
+  ASSIGN_OR_RETURN(std::vector<ConversationLine> lines, recorded.ReadAll(limit));
+  for (ConversationLine& line : lines) {
+    const bool named = line.id != line.where;
+    file.lines.push_back({{"id", named ? Json(std::move(line.id)) : Json()},
+                          {"messages", std::move(line.messages)},
+                          {"tools", std::move(line.tools)}});
   }
   return file;
 }
