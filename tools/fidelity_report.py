@@ -29,7 +29,7 @@ def load(folder):
     checkpoints = {}
     for name in TITLES:
         rows, head = [], None
-        for part in ("rotated", "axes", "paper"):
+        for part in ("rotated", "axes", "temporal", "paper"):
             path = os.path.join(folder, f"{name}.{part}.part.json")
             if not os.path.exists(path):
                 continue
