@@ -1,6 +1,6 @@
 // Fits a checkpoint's kv_calibration.json (kv/calibration.h) on conversations: factors that balance the RoPE
-// pairs of queries and keys, and the clip ratios of 2-bit sides that keep the logits closest to those of a
-// BF16 cache.
+// pairs of queries and keys, and the clip ratios and gains of 2-bit sides that keep what the model says
+// closest to what it says with a BF16 cache.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
@@ -27,7 +27,14 @@ namespace {
 constexpr int kFitChunk = 512;
 // Short steps, so that nearly every token is read back quantized.
 constexpr int kClipChunk = 64;
-constexpr float kClips[] = {1.0f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.6f};
+// Levels that are tried. `inner` of the min-max range is what the gain fills, so the levels span inner *
+// gain.
+struct Levels {
+  float inner;
+  float gain;
+};
+constexpr Levels kLevels[] = {{1, 1},         {0.8f, 1},    {0.7f, 1.05f}, {0.7f, 1.1f}, {0.65f, 1.1f},
+                              {0.65f, 1.15f}, {0.6f, 1.1f}, {0.6f, 1.15f}, {0.6f, 1.2f}};
 
 struct Options {
   std::string model = "models/pocket-agent";
@@ -35,7 +42,7 @@ struct Options {
   std::string images;
   std::string output;
   int fit = 40;
-  int clip = 8;
+  int clip = 6;
 };
 
 // A conversation as tokens and pictures, independent of the model's weights.
@@ -137,9 +144,10 @@ std::vector<float> Factors(const Energy& energy) {
   return factors;
 }
 
-// Mean KL divergence of the second distribution from the first, over some rows of logits.
-double MeanKl(const std::vector<float>& p, const std::vector<float>& q, size_t vocab,
-              const std::vector<size_t>& rows) {
+// Mean over some rows of the root of the KL divergence of the second distribution from the first. The root,
+// because a few rows hold most of the divergence.
+double MeanRootKl(const std::vector<float>& p, const std::vector<float>& q, size_t vocab,
+                  const std::vector<size_t>& rows) {
   double total = 0;
   for (const size_t r : rows) {
     const float* a = p.data() + r * vocab;
@@ -151,42 +159,55 @@ double MeanKl(const std::vector<float>& p, const std::vector<float>& q, size_t v
       sum_b += std::exp(double{b[i]});
     }
     const double shift = std::log(sum_a) - std::log(sum_b);
+    double kl = 0;
     for (size_t i = 0; i < vocab; ++i) {
-      total += std::exp(double{a[i]}) / sum_a * (double{a[i]} - b[i] - shift);
+      kl += std::exp(double{a[i]}) / sum_a * (double{a[i]} - b[i] - shift);
     }
+    total += std::sqrt(std::max(0.0, kl));
   }
   return total / static_cast<double>(rows.size());
 }
 
-// Mean KL divergences over the samples from a BF16 cache.
-struct Divergences {
-  double all = 0;        // over all tokens; the smoother measure
-  double predicted = 0;  // over what the model says
-};
-
-Result<Divergences> Diverge(const Options& options, const KvCalibration& calibration, const Inputs& inputs,
-                            const std::vector<Sample>& samples,
-                            const std::vector<std::vector<float>>& reference) {
+// How far a cache of `format` leads from a BF16 one, over what the model says in the samples.
+Result<double> Divergence(const Options& options, const KvCalibration& calibration, Format format,
+                          const Inputs& inputs, const std::vector<Sample>& samples,
+                          const std::vector<std::vector<float>>& reference) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Model> model,
                    Model::Load(options.model, {.precision = Precision::kF32, .calibration = calibration}));
   const auto vocab = static_cast<size_t>(model->config().text.vocab_size);
-  Divergences mean;
+  double mean = 0;
   std::vector<float> logits;
-  std::vector<size_t> all;
   for (size_t i = 0; i < samples.size(); ++i) {
     ASSIGN_OR_RETURN(const auto sequence,
-                     RunSample(model.get(), inputs, samples[i], Format::kK2V2, kClipChunk, true, &logits));
-    all.resize(samples[i].prompt.tokens.size());
-    std::iota(all.begin(), all.end(), size_t{0});
-    mean.all += MeanKl(reference[i], logits, vocab, all) / static_cast<double>(samples.size());
-    mean.predicted +=
-        MeanKl(reference[i], logits, vocab, samples[i].predicted) / static_cast<double>(samples.size());
+                     RunSample(model.get(), inputs, samples[i], format, kClipChunk, true, &logits));
+    mean +=
+        MeanRootKl(reference[i], logits, vocab, samples[i].predicted) / static_cast<double>(samples.size());
   }
+  const ClipRatios& c = calibration.clip;
   fmt::print(
-      "KL of k2v2 from a bf16 cache {:.4f}, over generated tokens {:.5f}; clips: keys {:.2f}, values "
-      "{:.2f}\n",
-      mean.all, mean.predicted, calibration.clip.k2, calibration.clip.v2);
+      "{}: mean root KL from a bf16 cache {:.4e}; keys: clip {:.3g}, gain {:.3g}; values: {:.3g}, {:.3g}\n",
+      Name(format), mean, c.k2, c.k2_gain, c.v2, c.v2_gain);
+  std::fflush(stdout);
   return mean;
+}
+
+// The clip ratio and gain of one side that serve a format best, from no clip on down to half a range.
+Status FitSide(const Options& options, Format format, float ClipRatios::*clip, float ClipRatios::*gain,
+               const Inputs& inputs, const std::vector<Sample>& samples,
+               const std::vector<std::vector<float>>& reference, KvCalibration* calibration) {
+  double best = INFINITY;
+  ClipRatios chosen;
+  for (const Levels& levels : kLevels) {
+    calibration->clip.*clip = levels.inner * levels.gain;
+    calibration->clip.*gain = levels.gain;
+    ASSIGN_OR_RETURN(const double d, Divergence(options, *calibration, format, inputs, samples, reference));
+    if (d < best) {
+      best = d;
+      chosen = calibration->clip;
+    }
+  }
+  calibration->clip = chosen;
+  return OkStatus();
 }
 
 Status Fit(const Options& options) {
@@ -242,28 +263,11 @@ Status Fit(const Options& options) {
     fmt::print("layer {}: factors from {:.3f} to {:.2f}\n", layer, *low, *high);
   }
   if (!samples.empty()) {
-    KvCalibration plain;
-    plain.key_equalization.assign(energies.size(), std::vector<float>(energies[0].keys.size(), 1.0f));
-    plain.calibrated = true;
-    fmt::print("without calibration: ");
-    ASSIGN_OR_RETURN(const Divergences before, Diverge(options, plain, inputs, samples, reference));
-    double last = before.all;
-    // The sides hardly interact, so each is searched with the other fixed, keys first.
-    for (float ClipRatios::*side : {&ClipRatios::k2, &ClipRatios::v2}) {
-      double best = INFINITY;
-      float chosen = 1;
-      for (const float clip : kClips) {
-        calibration.clip.*side = clip;
-        ASSIGN_OR_RETURN(const Divergences d, Diverge(options, calibration, inputs, samples, reference));
-        if (d.all < best) {
-          best = d.all;
-          chosen = clip;
-        }
-      }
-      last = best;
-      calibration.clip.*side = chosen;
-    }
-    if (last > before.all) fmt::print("the calibration does not help this checkpoint at 2 bits\n");
+    // Values first, beside 4-bit keys, whose errors do not drown theirs; then keys.
+    RETURN_IF_ERROR(FitSide(options, Format::kK4V2, &ClipRatios::v2, &ClipRatios::v2_gain, inputs, samples,
+                            reference, &calibration));
+    RETURN_IF_ERROR(FitSide(options, Format::kK2V2, &ClipRatios::k2, &ClipRatios::k2_gain, inputs, samples,
+                            reference, &calibration));
   }
   return SaveKvCalibration(options.output, calibration, text.head_dim);
 }
@@ -279,7 +283,7 @@ int Main(int argc, char** argv) {
   app.add_option("--fit", options.fit, "conversations for the factors")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_option("--clip", options.clip, "further conversations for the clips; 0 keeps them at 1")
+  app.add_option("--clip", options.clip, "further conversations for clips and gains; 0 keeps them at 1")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   CLI11_PARSE(app, argc, argv);

@@ -5,7 +5,29 @@
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
+#include <sstream>
 #include <string>
+
+namespace {
+
+// "1,2/3,4": channels of two layers. CLI11 reports what is no number.
+std::vector<std::vector<int>> ParseChannels(const std::string& text) {
+  std::vector<std::vector<int>> layers;
+  std::stringstream in(text);
+  for (std::string layer; std::getline(in, layer, '/');) {
+    layers.emplace_back();
+    std::stringstream names(layer);
+    for (std::string name; std::getline(names, name, ',');) {
+      int channel = -1;
+      if (!CLI::detail::lexical_cast(name, channel))
+        throw CLI::ValidationError("--key-channels", "no number: " + name);
+      layers.back().push_back(channel);
+    }
+  }
+  return layers;
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   triaxial::Hardening hardening;
@@ -19,6 +41,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--key-pairs", hardening.key_pairs, "RoPE pairs of key channels chosen in each layer")
       ->capture_default_str();
+  app.add_option_function<std::string>(
+      "--key-channels", [&](const std::string& text) { hardening.key_channels = ParseChannels(text); },
+      "Instead of --key-pairs and the seed: channels below half a head, by layer, such as 1,2/3,4");
   app.add_option("--value-scale", hardening.value_scale, "Likewise for value channels; 1 leaves them")
       ->capture_default_str();
   app.add_option("--value-channels", hardening.value_channels,

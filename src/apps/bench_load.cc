@@ -135,13 +135,18 @@ struct BenchLoad::State {
 
   asio::awaitable<void> Stream(size_t index) {
     BenchConnection connection(io.get_executor(), endpoint);
+    // Streams of endless workloads begin at different steps of their first conversation, as if they had been
+    // running for long: all at the first step would measure short prompts alone.
+    size_t skip = workload->sessions() == 0 ? 3 + 5 * index : 0;
     while (failure.ok() && begun < session_limit) {
       const BenchSession session = workload->Make(begun++);
-      for (const BenchStep& step : session.steps) {
+      for (size_t s = skip % session.steps.size(); s < session.steps.size(); ++s) {
+        const BenchStep& step = session.steps[s];
         std::string body = StepBody(session, step, model, workload->fixed_length());
         co_await AskStep(&connection, step, std::move(body), index);
         if (!failure.ok()) break;
       }
+      skip = 0;
     }
     --live;
   }

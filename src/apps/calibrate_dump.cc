@@ -28,6 +28,8 @@ Status DumpConversation(const std::string& directory, Measurement* m) {
                {"codec", std::string(Name(geometry.codec))},
                {"clip_k2", clip.k2},
                {"clip_v2", clip.v2},
+               {"gain_k2", clip.k2_gain},
+               {"gain_v2", clip.v2_gain},
                {"aggregate", m->provenance["aggregate"]},
                {"tags_at", m->provenance["tags_at"]},
                {"layers", m->provenance["layers"]},

@@ -48,9 +48,8 @@ void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
   app->add_option(
          "--tags-at", flags->tags_at,
          "end: tags as they are at the conversation's end, for all queries (as published); turn: as they are "
-         "at each query's turn (as served)")
-      ->check(CLI::IsMember({"end", "turn"}))
-      ->capture_default_str();
+         "at each query's turn (as served). Default: turn, but end for the metric kl, which knows no other")
+      ->check(CLI::IsMember({"end", "turn"}));
 }
 
 Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vector<int>& layers) {
@@ -63,7 +62,8 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
   if (layers.empty()) options.layers = SpreadLayers(m.model.config.text.num_layers, flags.layers);
   options.metric = flags.metric == "kl" ? Metric::kKl : Metric::kMse;
   options.aggregate = flags.aggregate == "mean" ? Aggregate::kMean : Aggregate::kMax;
-  options.tags_at = flags.tags_at == "turn" ? TagTime::kTurn : TagTime::kEnd;
+  const std::string tags_at = !flags.tags_at.empty() ? flags.tags_at : flags.metric == "kl" ? "end" : "turn";
+  options.tags_at = tags_at == "turn" ? TagTime::kTurn : TagTime::kEnd;
   ModelOptions model_options;
   model_options.precision = flags.model.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
   model_options.codec = flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;

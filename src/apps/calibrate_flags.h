@@ -21,7 +21,7 @@ struct MeasureFlags {
   uint64_t seed = 1;
   std::string metric = "mse";
   std::string aggregate = "max";
-  std::string tags_at = "end";
+  std::string tags_at;  // "": turn, or end for the metric kl
 };
 // --threads, --dtype, --max-conversations, --max-tokens, --seed.
 void AddMeasureFlags(CLI::App* app, MeasureFlags* flags);

@@ -34,7 +34,7 @@ struct ModelFlags {
   std::string device = "auto";
   std::string load_format = "auto";
   std::string dtype = "bf16";
-  std::string kv_policy = "paper";
+  std::string kv_policy;  // "": see PolicyOf
   std::string kv_codec = "rotated";
   std::string kv_memory;
   int max_model_len = 0;
@@ -49,20 +49,14 @@ struct ModelFlags {
 };
 void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags);      // --kv-policy, --kv-codec
-void AddEngineFlags(CLI::App* app, ModelFlags* flags);      // how it computes, and with how much memory
-void AddServerFlags(CLI::App* app, ModelFlags* flags);      // what idle sessions and the queue may take
+// The policy by name or file: --kv-policy; if it is not given, the checkpoint's own kv_policy.json (for the
+// codec rotated), else paper.
+std::string PolicyOf(const ModelFlags& flags);
+void AddEngineFlags(CLI::App* app, ModelFlags* flags);  // how it computes, and with how much memory
+void AddServerFlags(CLI::App* app, ModelFlags* flags);  // what idle sessions and the queue may take
 
 // Loads weights and starts the engine; says what it does on stderr.
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model);
-
-// A conversation from a file ("-" for standard input): an OpenAI request or an object with messages and
-// tools, a list of messages, or line `line` (from 1) of a JSONL file of such objects. Image paths are
-// relative to `directory`.
-struct ConversationFile {
-  Conversation conversation;
-  std::string directory;
-};
-Result<ConversationFile> LoadConversation(const std::string& path, int line);
 
 }  // namespace triaxial
 

@@ -103,6 +103,12 @@ Status RunDemo(const DemoFlags& flags) {
   ASSIGN_OR_RETURN(const KvCalibration calibration,
                    LoadKvCalibration(flags.model.model, text.num_layers, text.head_dim));
 
+  if (!flags.html.empty()) {  // not found out after minutes of playing
+    const std::filesystem::path folder = std::filesystem::absolute(flags.html).parent_path();
+    if (!std::filesystem::is_directory(folder)) {
+      return NotFound("there is no directory " + folder.string() + " to write --html " + flags.html + " to");
+    }
+  }
   std::vector<DemoRun> runs;
   for (const std::string& name : flags.policies) {
     DemoRun run;

@@ -1,15 +1,15 @@
 #include "apps/demo_trajectory.h"
 
+#include <algorithm>
 #include <filesystem>
-#include <sstream>
 
 #include "base/file.h"
 #include "serve/base64.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
 
-constexpr size_t kMaxFile = size_t{256} << 20;
 constexpr size_t kMaxImage = size_t{32} << 20;
 
 // Replaces the path of every picture by a data: URL.
@@ -31,29 +31,20 @@ Status InlineImages(const std::filesystem::path& directory, Json* message) {
   return OkStatus();
 }
 
-Result<Trajectory> ParseTrajectory(const std::string& line, const std::filesystem::path& directory,
-                                   const std::string& what) {
-  ASSIGN_OR_RETURN(Json json, ParseJson(line, what));
+Result<Trajectory> MakeTrajectory(ConversationLine line) {
   Trajectory trajectory;
-  if (json.is_object() && json.contains("id") && json["id"].is_string())
-    trajectory.id = json["id"].get<std::string>();
-  if (json.is_object() && json.contains("request")) {
-    json = Json(json["request"]);
-    trajectory.request = true;
-  }
-  if (!json.is_object() || !json.contains("messages") || !json["messages"].is_array())
-    return InvalidArgument(what + " has no list of messages; each line must be one OpenAI conversation");
-  if (trajectory.id.empty()) trajectory.id = what;
-  if (json.contains("tools")) trajectory.tools = std::move(json["tools"]);
-  trajectory.messages = std::move(json["messages"]);
+  trajectory.id = std::move(line.id);
+  trajectory.tools = std::move(line.tools);
+  trajectory.messages = std::move(line.messages);
+  trajectory.request = line.is_request;
   for (size_t i = 0; i < trajectory.messages.size(); ++i) {
     Json& message = trajectory.messages[i];
+    const std::string what = "messages[" + std::to_string(i) + "]";
     if (!message.is_object() || !message.contains("role"))
-      return InvalidArgument(what + ": messages[" + std::to_string(i) + "] has no role");
+      return line.Error(InvalidArgument(what + " has no role"));
     if (message["role"] == "assistant" && i > 0) trajectory.steps.push_back(i);
-    const Status status = InlineImages(directory, &message);
-    if (!status.ok())
-      return Status(status.code(), what + ": messages[" + std::to_string(i) + "]: " + status.message());
+    const Status status = InlineImages(line.images, &message);
+    if (!status.ok()) return line.Error(Status(status.code(), what + ": " + status.message()));
   }
   return trajectory;
 }
@@ -87,21 +78,14 @@ std::string ContentOf(const Json& message) {
 
 Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit,
                                                  const std::string& images) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFile));
-  const std::filesystem::path directory =
-      images.empty() ? std::filesystem::path(path).parent_path() : std::filesystem::path(images);
+  ASSIGN_OR_RETURN(const ConversationFile file, ConversationFile::Open(path, images));
+  const size_t count = limit == 0 ? file.size() : std::min(limit, file.size());
   std::vector<Trajectory> trajectories;
-  std::istringstream lines(text);
-  size_t number = 0;
-  for (std::string line; std::getline(lines, line);) {
-    ++number;
-    if (line.empty()) continue;
-    if (limit > 0 && trajectories.size() == limit) break;
-    ASSIGN_OR_RETURN(Trajectory trajectory,
-                     ParseTrajectory(line, directory, path + " line " + std::to_string(number)));
+  for (size_t i = 0; i < count; ++i) {
+    ASSIGN_OR_RETURN(ConversationLine line, file.Read(i));
+    ASSIGN_OR_RETURN(Trajectory trajectory, MakeTrajectory(std::move(line)));
     trajectories.push_back(std::move(trajectory));
   }
-  if (trajectories.empty()) return InvalidArgument(path + " holds no conversation");
   return trajectories;
 }
 

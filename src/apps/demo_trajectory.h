@@ -19,8 +19,8 @@ struct Trajectory {
   bool request = false;  // the line was one request, {"request": {...}}, rather than a whole conversation
 };
 
-// The first `limit` (0: all) lines of a JSONL file of objects with messages, tools and id. Pictures are paths
-// relative to `images` (empty: to the file), or data: URLs. Errors name file and line.
+// The first `limit` (0: all) conversations of a file (text/conversation_file.h). Pictures are paths relative
+// to `images` (empty: to the file), or data: URLs. Errors name file and line.
 Result<std::vector<Trajectory>> LoadTrajectories(const std::string& path, size_t limit,
                                                  const std::string& images = "");
 

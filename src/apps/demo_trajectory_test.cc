@@ -59,7 +59,7 @@ TEST(Trajectories, ErrorsNameFileAndLine) {
     EXPECT_FALSE(loaded.ok());
     return loaded.ok() ? "" : loaded.status().message();
   };
-  EXPECT_NE(error("{\"messages\": []}\n[]\n").find(path + " line 2 has no list of messages"),
+  EXPECT_NE(error("{\"messages\": []}\n7\n").find(path + ", line 2 has no list of messages"),
             std::string::npos);
   EXPECT_NE(error("{\"messages\": [{\"content\": \"a\"}]}").find("messages[0] has no role"),
             std::string::npos);

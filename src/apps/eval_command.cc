@@ -23,6 +23,7 @@ struct EvalFlags {
   std::string json;
   std::string html;
   size_t conversations = 0;
+  size_t behind = 0;
   int chunk = 512;
   uint64_t seed = 1;
 };
@@ -74,7 +75,8 @@ Status RunEval(const EvalFlags& flags) {
   SetComputeThreads(flags.model.threads);
   const std::string& path = flags.trajectories;
   ASSIGN_OR_RETURN(const ServedModel served, LoadServedModel(flags.model.model, flags.model.tokenizer));
-  ASSIGN_OR_RETURN(const RecordedFile recorded, LoadRecorded(path, flags.images, flags.conversations));
+  ASSIGN_OR_RETURN(RecordedFile recorded, LoadRecorded(path, flags.images, flags.conversations));
+  if (flags.behind > 0) RETURN_IF_ERROR(PutBehind(flags.behind, &recorded));
   const Codec codec = flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
   ASSIGN_OR_RETURN(const std::vector<EvalPolicy> policies, ParseEvalPolicies(flags.policies, codec));
   EvalOptions options;
@@ -132,6 +134,11 @@ Command AddEval(CLI::App* app) {
       ->capture_default_str();
   command->add_option("--conversations", flags->conversations, "The first so many only (default: all)")
       ->check(CLI::Range(1, 1 << 30));
+  command
+      ->add_option("--behind", flags->behind,
+                   "Put so many other conversations in front of each, to see long ones; only its own answers "
+                   "are scored")
+      ->check(CLI::Range(0, 1 << 20));
   command
       ->add_option("--chunk", flags->chunk,
                    "Tokens of a prefill step, as the server's --max-num-batched-tokens")

@@ -31,7 +31,16 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
                 {"top1_agreement", f.top1_agreement},
                 {"kl_mean", f.kl_mean},
                 {"kl_p99", f.kl_p99},
+                {"kl_root_mean", f.kl_root_mean},
                 {"perplexity", f.perplexity}};
+    Json wrong =
+        Json::array();  // by conversation: steps, those whose action, and those where any token is wrong
+    const std::vector<ConversationCount> actions = CountByConversation(p.steps, Measure::kAction);
+    const std::vector<ConversationCount> all = CountByConversation(p.steps, Measure::kAllTokens);
+    for (size_t c = 0; c < actions.size(); ++c) {
+      wrong.push_back({actions[c].total, actions[c].total - actions[c].hits, all[c].total - all[c].hits});
+    }
+    row["wrong_by_conversation"] = std::move(wrong);
     const auto difference = [&](Measure measure) {
       return Pair(BootstrapDifference(CountByConversation(reference->steps, measure),
                                       CountByConversation(p.steps, measure), kSeed));

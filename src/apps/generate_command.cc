@@ -6,6 +6,7 @@
 #include "apps/commands.h"
 #include "apps/terminal.h"
 #include "base/json.h"
+#include "text/conversation_file.h"
 #include "text/output_parser.h"
 
 namespace triaxial {
@@ -85,22 +86,27 @@ Command AddGenerate(CLI::App* app) {
     bool raw = false, json = false;
   };
   auto flags = std::make_shared<Flags>();
+  flags->sampling.max_tokens = 1024;  // a model out of its depth may never stop
   CLI::App* command = app->add_subcommand("generate", "Answer one conversation or prompt in the terminal");
   AddCheckpointFlags(command, &flags->model);
   AddPolicyFlags(command, &flags->model);
   AddEngineFlags(command, &flags->model);
   CLI::Option* prompt = command->add_option("--prompt", flags->prompt, "A user message");
-  command
-      ->add_option("--messages", flags->messages, "JSON file with messages and tools ('-': standard input)")
-      ->excludes(prompt);
-  command->add_option("--line", flags->line, "Line of a JSONL file given by --messages, from 1")
+  CLI::Option* messages = command
+                              ->add_option("--messages", flags->messages,
+                                           "JSON file with messages and tools ('-': standard input)")
+                              ->excludes(prompt);
+  command->add_option("--line", flags->line, "Line of a file with one conversation a line, from 1")
+      ->needs(messages)
       ->check(CLI::Range(1, 1 << 30));
-  command->add_option("--image", flags->images, "Image file put before the prompt; may be repeated");
+  command->add_option("--image", flags->images, "Image file put before the prompt; may be repeated")
+      ->excludes(messages);
   command->add_flag("--raw", flags->raw, "Complete the prompt as it is, without the chat template");
   command
       ->add_option("--max-tokens", flags->sampling.max_tokens,
-                   "Most tokens to generate (default: until the model stops)")
-      ->check(CLI::Range(0, 1 << 30));
+                   "Most tokens to generate; 0: until the model stops")
+      ->check(CLI::Range(0, 1 << 30))
+      ->capture_default_str();
   CLI::Option* temperature = command->add_option("--temperature", flags->sampling.temperature,
                                                  "0: greedy (default: the checkpoint's)");
   command->add_option("--top-p", flags->sampling.top_p, "Nucleus");
@@ -115,9 +121,12 @@ Command AddGenerate(CLI::App* app) {
       if (!flags->images.empty()) return InvalidArgument("--raw takes no --image");
       request.prompt = BuildRawPrompt(model, model.tokenizer->Encode(flags->prompt, ParseSpecial::kAll));
     } else {
-      ConversationFile file;
+      Conversation conversation;
+      std::string images;  // directory of the pictures
       if (!flags->messages.empty()) {
-        ASSIGN_OR_RETURN(file, LoadConversation(flags->messages, flags->line));
+        ASSIGN_OR_RETURN(const ConversationLine line, LoadConversation(flags->messages, flags->line));
+        ASSIGN_OR_RETURN(conversation, line.Parse());
+        images = line.images;
       } else {
         if (flags->prompt.empty() && flags->images.empty())
           return InvalidArgument("nothing to answer: give --prompt TEXT or --messages FILE");
@@ -125,18 +134,17 @@ Command AddGenerate(CLI::App* app) {
         for (const std::string& image : flags->images)
           message.content.push_back({ContentPart::Kind::kImage, image});
         if (!flags->prompt.empty()) message.content.push_back({ContentPart::Kind::kText, flags->prompt});
-        file.conversation.messages.push_back(std::move(message));
+        conversation.messages.push_back(std::move(message));
       }
       // A recorded conversation that ends with the assistant's answer is asked again for that answer.
-      auto& messages = file.conversation.messages;
+      auto& messages = conversation.messages;
       while (messages.size() > 1 && messages.back().role == Role::kAssistant) messages.pop_back();
       const TemplateOptions options;
-      ASSIGN_OR_RETURN(request.prompt,
-                       BuildChatPrompt(model, file.conversation, options, ImageFromFiles(file.directory)));
+      ASSIGN_OR_RETURN(request.prompt, BuildChatPrompt(model, conversation, options, ImageFromFiles(images)));
       request.starts_in_thought = model.chat_template->GenerationStartsInThought(options);
       output.parse_reasoning = true;
       output.starts_in_thought = request.starts_in_thought;
-      output.parse_tool_calls = !file.conversation.tools.empty();
+      output.parse_tool_calls = !conversation.tools.empty();
     }
     request.sampling = flags->sampling;
     if (temperature->count() == 0 && model.generation.do_sample) {

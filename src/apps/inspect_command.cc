@@ -55,6 +55,7 @@ Command AddInspect(CLI::App* app) {
   CLI::App* command =
       app->add_subcommand("inspect", "A checkpoint: shapes, parameters, KV bytes per token by format");
   AddCheckpointFlags(command, &flags->model);
+  command->remove_option(command->get_option("--tokenizer"));  // it reads none
   command->add_option("--load-format", flags->model.load_format, "'dummy' reads config.json alone")
       ->check(CLI::IsMember({"auto", "dummy"}))
       ->capture_default_str();

@@ -1,7 +1,32 @@
 #include <cstdio>
+#include <string>
+#include <vector>
 
 #include "apps/commands.h"
 #include "base/log.h"
+
+namespace {
+
+// What was wrong on the command line, in one sentence on stderr; help and version go to stdout.
+int ReportUsage(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == 0) return app.exit(error);
+  const CLI::App* command = &app;
+  std::string name = "triaxial";
+  while (!command->get_subcommands().empty()) {
+    command = command->get_subcommands().front();
+    name += " " + command->get_name();
+  }
+  std::string message = error.what();
+  const std::vector<std::string> unknown = command->remaining();
+  const bool wants_command = command->get_require_subcommand_min() > 0;
+  if (wants_command) {
+    message = unknown.empty() ? "a command is missing" : "there is no command '" + unknown.front() + "'";
+  }
+  std::fprintf(stderr, "%s: %s; see '%s --help'\n", name.c_str(), message.c_str(), name.c_str());
+  return 2;
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   CLI::App app(
@@ -22,7 +47,7 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error);
+    return ReportUsage(app, error);
   }
   triaxial::InitLogging(verbose);
   for (const auto& [name, run] : commands) {

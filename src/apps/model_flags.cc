@@ -1,11 +1,8 @@
 #include <filesystem>
-#include <iostream>
-#include <iterator>
 
 #include "apps/checkpoint_identity.h"
 #include "apps/commands.h"
 #include "apps/terminal.h"
-#include "base/file.h"
 #include "base/log.h"
 #include "base/parallel.h"
 #include "kv/policy.h"
@@ -52,11 +49,19 @@ void AddCheckpointFlags(CLI::App* app, ModelFlags* flags) {
 
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags) {
   app->add_option("--kv-policy", flags->kv_policy,
-                  "Which format each tag deserves: " + PolicyNames() + ", or a JSON file")
-      ->capture_default_str();
+                  "Which format each tag deserves: " + PolicyNames() +
+                      ", or a JSON file (default: kv_policy.json of the checkpoint, calibrated for the codec "
+                      "rotated; without one, paper)");
   app->add_option("--kv-codec", flags->kv_codec, "How blocks are quantized")
       ->check(CLI::IsMember({"rotated", "paper"}))
       ->capture_default_str();
+}
+
+std::string PolicyOf(const ModelFlags& flags) {
+  if (!flags.kv_policy.empty()) return flags.kv_policy;
+  const std::string own = flags.model + "/kv_policy.json";
+  std::error_code ignored;
+  return flags.kv_codec == "rotated" && std::filesystem::exists(own, ignored) ? own : "paper";
 }
 
 void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
@@ -108,7 +113,7 @@ void AddServerFlags(CLI::App* app, ModelFlags* flags) {
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model) {
   SetComputeThreads(flags.threads);
   EngineOptions options;
-  ASSIGN_OR_RETURN(options.policy, LoadPolicy(flags.kv_policy));
+  ASSIGN_OR_RETURN(options.policy, LoadPolicy(PolicyOf(flags)));
   if (!flags.kv_memory.empty()) {
     ASSIGN_OR_RETURN(options.kv_memory, BytesOf("--kv-memory", flags.kv_memory));
     if (options.kv_memory == 0) return InvalidArgument("--kv-memory is 0; leave it out to let it be chosen");
@@ -122,6 +127,9 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   options.store.disk_dir = flags.kv_disk_dir;
   if (!flags.kv_disk_dir.empty()) {
     ASSIGN_OR_RETURN(options.store.disk_bytes, BytesOf("--kv-disk-bytes", flags.kv_disk_bytes));
+    if (options.store.disk_bytes == 0) {
+      return InvalidArgument("--kv-disk-bytes is 0; leave out --kv-disk-dir to keep nothing on disk");
+    }
     // Arithmetic in F32 makes other keys and values than BF16 does.
     ASSIGN_OR_RETURN(options.store.fingerprint, CheckpointIdentity(model.directory, flags.tokenizer));
     options.store.fingerprint += " " + flags.dtype + " " + flags.load_format;
@@ -144,39 +152,6 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
     options.max_step_tokens = std::max(loaded->on_gpu() ? 2048 : 512, options.max_running);
   }
   return Engine::Create(std::move(loaded), model.preprocessor, model.generation, model.markup, options);
-}
-
-Result<ConversationFile> LoadConversation(const std::string& path, int line) {
-  constexpr size_t kMaxBytes = size_t{256} << 20;
-  std::string text;
-  ConversationFile file;
-  if (path == "-") {
-    text.assign(std::istreambuf_iterator<char>(std::cin), {});
-    file.directory = ".";
-  } else {
-    ASSIGN_OR_RETURN(text, ReadFile(path, kMaxBytes));
-    file.directory = std::filesystem::path(path).parent_path().string();
-  }
-  std::string what = path;
-  if (line > 0) {
-    size_t begin = 0;
-    for (int i = 1; i < line && begin != std::string::npos; ++i) {
-      const size_t newline = text.find('\n', begin);
-      begin = newline == std::string::npos ? newline : newline + 1;
-    }
-    if (begin == std::string::npos || begin >= text.size())
-      return InvalidArgument(path + " has no line " + std::to_string(line));
-    text = text.substr(begin, text.find('\n', begin) - begin);
-    what += " line " + std::to_string(line);
-  }
-  ASSIGN_OR_RETURN(Json json, ParseJson(text, what));
-  if (json.is_object() && json.contains("request")) json = Json(json["request"]);
-  const Json tools = json.is_object() && json.contains("tools") ? json["tools"] : Json(nullptr);
-  if (json.is_object() && !json.contains("messages"))
-    return InvalidArgument(what + " has no messages; give an OpenAI chat request or a list of messages");
-  const Json messages = json.is_object() ? json["messages"] : json;
-  ASSIGN_OR_RETURN(file.conversation, ParseConversation(messages, tools));
-  return file;
 }
 
 }  // namespace triaxial

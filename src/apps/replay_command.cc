@@ -47,8 +47,8 @@ void AddFlags(CLI::App* command, Flags* flags) {
   command
       ->add_option(
           "--trace", flags->traces,
-          "What is replayed, by format: Mooncake's JSONL, Azure's CSV, or conversations as JSONL (messages "
-          "and tools; each assistant message is a step). Repeatable")
+          "What is replayed, by format: Mooncake's JSONL, Azure's CSV, or conversations, one a line, as "
+          "'serve --record' writes them (each assistant message is a step). Repeatable")
       ->required();
   AddCheckpointFlags(command, &flags->model);
   command->get_option("--model")->description("Checkpoint directory, or a config.json; no weights are read");
@@ -104,7 +104,7 @@ void AddFlags(CLI::App* command, Flags* flags) {
       ->add_option("--max-model-len", flags->max_model_len,
                    "Longest sequence in tokens (default: the model's)")
       ->check(CLI::Range(0, 1 << 24));
-  command->add_option("--html", flags->html, "Write a page with the curves over time");
+  command->add_option("--html", flags->html, "Page with the curves over time to write (default: none)");
   command->add_flag("--json", flags->json, "Print the results as JSON");
 }
 
@@ -152,6 +152,12 @@ Result<Inputs> Prepare(const Flags& flags) {
     ASSIGN_OR_RETURN(Policy policy, LoadPolicy(name));
     if (policy.priced && !options.distortion) options.distortion = policy.distortion;
     inputs.policies.push_back(std::move(policy));
+  }
+  const bool any_priced = std::any_of(inputs.policies.begin(), inputs.policies.end(),
+                                      [](const Policy& policy) { return policy.priced; });
+  if (flags.budget_bits > 0 && !any_priced) {
+    return InvalidArgument("--kv-budget-bits needs a policy with a distortion table; " +
+                           inputs.policies[0].name + " says fixed formats");
   }
   const TextConfig& text = inputs.config.text;
   options.geometry = {text.num_layers, text.num_kv_heads, text.head_dim,
@@ -240,9 +246,14 @@ void PrintTable(const std::vector<PolicyRun>& runs) {
   row("lost to rounding", [](const R& r) { return Percent(r.rounding_loss); });
   row("BF16 tails, of bytes in use", [](const R& r) { return Percent(r.tail_share); });
   row("KV memory in use, peak", [](const R& r) { return Percent(r.peak_usage); });
+  row("the same, while blocks are dropped", [](const R& r) { return r.filled ? Percent(*r.filled) : "-"; });
   row("requests running, mean", [](const R& r) { return Fixed(r.mean_running, 1); });
   row("requests running, peak", [](const R& r) { return Count(r.peak_running); });
   row("prefix hit rate", [](const R& r) { return Percent(r.hit_rate); });
+  row("computed, of prompt tokens", [](const R& r) {
+    return Percent(static_cast<double>(r.prefilled_tokens) /
+                   std::max(1.0, static_cast<double>(r.prompt_tokens)));
+  });
   row("demotions", [](const R& r) { return Count(r.demotions); });
   row("evictions", [](const R& r) { return Count(r.evictions); });
   row("preemptions", [](const R& r) { return Count(r.preemptions); });

@@ -42,8 +42,8 @@ Command AddServe(CLI::App* app) {
       ->capture_default_str();
   CLI::Option* record = command->add_option(
       "--record", flags->record,
-      "File to which every finished chat is appended, with all that users wrote and all pictures, one JSON "
-      "line each, for 'tag' and 'calibrate' (default: none)");
+      "File to which finished chats are appended, with all that users wrote and all pictures, one JSON line "
+      "for each conversation, for 'tag', 'calibrate', 'eval' and 'replay' (default: none)");
   command->add_option("--record-bytes", flags->record_bytes, "Size of that file at which recording ends")
       ->needs(record)
       ->capture_default_str();
@@ -83,7 +83,7 @@ Command AddServe(CLI::App* app) {
     const int length = engine->max_model_len();
     ASSIGN_OR_RETURN(const std::unique_ptr<ApiServer> server,
                      ApiServer::Start(std::move(model), std::move(engine), std::move(options)));
-    spdlog::info("model {}: policy {}, codec {}, up to {} tokens a sequence", name, flags->model.kv_policy,
+    spdlog::info("model {}: policy {}, codec {}, up to {} tokens a sequence", name, PolicyOf(flags->model),
                  Name(geometry.codec), Count(length));
     spdlog::info("listening on http://{}:{}/v1 (press Ctrl-C to stop)", flags->http.host, server->port());
     int received = 0;

@@ -5,6 +5,7 @@
 #include "base/checked_math.h"
 #include "base/json.h"
 #include "kv/policy.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
@@ -56,19 +57,24 @@ Command AddTag(CLI::App* app) {
   CLI::Option* file =
       command->add_option("messages", flags->file, "JSON file with messages and tools ('-': standard input)");
   command->add_option("--prompt", flags->prompt, "A raw prompt instead")->excludes(file);
-  command->add_option("--line", flags->line, "Line of a JSONL file, from 1")->check(CLI::Range(1, 1 << 30));
+  command->add_option("--line", flags->line, "Line of a file with one conversation a line, from 1")
+      ->needs(file)
+      ->check(CLI::Range(1, 1 << 30));
   command->add_flag("--json", flags->json, "Print JSON");
   return [flags]() -> Status {
     if (flags->file.empty() && flags->prompt.empty())
       return InvalidArgument("nothing to tag: give a JSON file or --prompt TEXT");
     ASSIGN_OR_RETURN(const ServedModel model, LoadServedModel(flags->model.model, flags->model.tokenizer));
-    ASSIGN_OR_RETURN(const Policy policy, LoadPolicy(flags->model.kv_policy));
+    ASSIGN_OR_RETURN(const Policy policy, LoadPolicy(PolicyOf(flags->model)));
     Prompt prompt;
     if (!flags->prompt.empty()) {
       prompt = BuildRawPrompt(model, model.tokenizer->Encode(flags->prompt, ParseSpecial::kAll));
     } else {
-      ASSIGN_OR_RETURN(const ConversationFile file, LoadConversation(flags->file, flags->line));
-      ASSIGN_OR_RETURN(prompt, BuildChatPrompt(model, file.conversation, {}, ImageFromFiles(file.directory)));
+      ASSIGN_OR_RETURN(const ConversationLine line, LoadConversation(flags->file, flags->line));
+      ASSIGN_OR_RETURN(const Conversation conversation, line.Parse());
+      Result<Prompt> rendered = BuildChatPrompt(model, conversation, {}, ImageFromFiles(line.images));
+      if (!rendered.ok()) return line.Error(rendered.status());
+      prompt = std::move(*rendered);
     }
     const auto tokens = static_cast<int32_t>(prompt.tokens.size());
     const KvGeometry geometry = {model.config.text.num_layers, model.config.text.num_kv_heads,

@@ -57,12 +57,16 @@ Status WriteFile(const std::string& path, std::string_view bytes) {
   const std::string temporary = path + ".tmp" + std::to_string(getpid());
   {
     const Fd fd(open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-    if (fd.get() < 0) return OpenError(temporary);
+    if (fd.get() < 0) {
+      const int error = errno;
+      const Code code = error == ENOENT || error == ENOTDIR ? Code::kNotFound : Code::kInternal;
+      return Status(code, "cannot write " + path + ": " + std::strerror(error));
+    }
     while (!bytes.empty()) {
       const ssize_t n = write(fd.get(), bytes.data(), bytes.size());
       if (n < 0) {
         if (errno == EINTR) continue;
-        const Status status = Internal("cannot write " + temporary + ": " + std::strerror(errno));
+        const Status status = Internal("cannot write " + path + ": " + std::strerror(errno));
         unlink(temporary.c_str());
         return status;
       }

@@ -218,7 +218,8 @@ TEST_F(CalibrateTest, FilesWithoutConversationsAreSaidToBe) {
   for (
       const auto& [line, says] : std::vector<std::pair<std::string, std::string>>{
           {"{", "line 3"},
-          {"[]", "no messages"},
+          {"[]", "messages is missing"},
+          {"7", "no list of messages"},
           {R"({"messages": []})", "line 3"},
           {R"({"messages": [{"role": "king", "content": "x"}]})", "role"},
           {R"({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "no.png"}}]}]})",

@@ -37,19 +37,26 @@ class ConversationRun {
                   const FeaturesOf& features)
       : conversation_(conversation), index_(index), options_(options), features_(features) {}
 
-  Status RunReference(Model* model, const Policy& bf16) {
+  // Also the scores of `bf16`, if that is not null: the reference has them by itself.
+  Status RunReference(Model* model, const Policy& bf16, PolicyScores* scores, std::vector<float>* kl) {
     const auto vocab = static_cast<size_t>(model->config().text.vocab_size);
     ASSIGN_OR_RETURN(const std::unique_ptr<Replay> replay,
                      Replay::Create(model, std::span(&bf16, 1), conversation_.longest, options_.replay));
-    for (const RecordedStep& step : conversation_.steps) {
+    for (size_t s = 0; s < conversation_.steps.size(); ++s) {
+      const RecordedStep& step = conversation_.steps[s];
       std::vector<ReferenceRow>& reference = reference_.emplace_back(step.output.size());
+      std::vector<TokenScore> tokens(step.output.size());
       RETURN_IF_ERROR(
           replay->Play(step, features_, [&](std::span<const Replay::Row> rows, const float* logits) {
             ParallelFor(static_cast<int64_t>(rows.size()), [&](int64_t i) {
               const auto row = static_cast<size_t>(i);
-              reference[rows[row].token] = MakeReference(std::span(logits + row * vocab, vocab));
+              const size_t token = rows[row].token;
+              const auto one = std::span(logits + row * vocab, vocab);
+              reference[token] = MakeReference(one);
+              if (scores != nullptr) tokens[token] = ScoreToken(reference[token], one, step.output[token]);
             });
           }));
+      if (scores != nullptr) Keep(s, tokens, *replay, 0, scores, kl);
     }
     return OkStatus();
   }
@@ -75,21 +82,25 @@ class ConversationRun {
             });
           }));
       for (size_t lane = 0; lane < chosen.size(); ++lane) {
-        PolicyScores& result = (*scores)[chosen[lane]];
-        StepScore score = Sum(step, tokens[lane]);
-        score.conversation = index_;
-        score.step = static_cast<int32_t>(s);
-        score.kv_bytes = replay->Usage(lane).total_bytes();
-        score.kv_tokens = replay->Usage(lane).total_tokens();
-        result.steps.push_back(score);
-        result.blocks.push_back(replay->Blocks(lane));
-        for (const TokenScore& token : tokens[lane]) (*kl)[chosen[lane]].push_back(token.kl);
+        Keep(s, tokens[lane], *replay, lane, &(*scores)[chosen[lane]], &(*kl)[chosen[lane]]);
       }
     }
     return OkStatus();
   }
 
  private:
+  void Keep(size_t s, std::span<const TokenScore> tokens, const Replay& replay, size_t lane,
+            PolicyScores* scores, std::vector<float>* kl) const {
+    StepScore score = Sum(conversation_.steps[s], tokens);
+    score.conversation = index_;
+    score.step = static_cast<int32_t>(s);
+    score.kv_bytes = replay.Usage(lane).total_bytes();
+    score.kv_tokens = replay.Usage(lane).total_tokens();
+    scores->steps.push_back(score);
+    scores->blocks.push_back(replay.Blocks(lane));
+    for (const TokenScore& token : tokens) kl->push_back(token.kl);
+  }
+
   static StepScore Sum(const RecordedStep& step, std::span<const TokenScore> tokens) {
     StepScore score{.exact = true, .action = true, .tokens = static_cast<int32_t>(tokens.size())};
     for (size_t i = 0; i < tokens.size(); ++i) {
@@ -125,19 +136,29 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
     evaluation.policies.push_back({.policy = std::move(bf16)});
   }
   for (const EvalPolicy& policy : policies) evaluation.policies.push_back({.policy = policy});
+  // The reference is what `bf16` is in the first policy's codec, and need not be run twice.
+  size_t bf16_index = evaluation.policies.size();
 
   std::vector<Group> groups;
   for (const Codec codec :
        {policies[0].codec, policies[0].codec == Codec::kPaper ? Codec::kRotated : Codec::kPaper}) {
     Group group;
     for (size_t i = 0; i < evaluation.policies.size(); ++i) {
-      if (evaluation.policies[i].policy.codec == codec) group.policies.push_back(i);
+      const EvalPolicy& policy = evaluation.policies[i].policy;
+      if (policy.codec != codec) continue;
+      if (groups.empty() && is_bf16(policy)) {
+        bf16_index = i;
+      } else {
+        group.policies.push_back(i);
+      }
     }
     if (group.policies.empty() && !groups.empty()) continue;
     ModelOptions model_options = options.model;
     model_options.codec = codec;
     ASSIGN_OR_RETURN(group.model, Model::Load(served.directory, model_options));
-    for (const size_t i : group.policies) evaluation.policies[i].geometry = group.model->geometry();
+    for (PolicyScores& p : evaluation.policies) {
+      if (p.policy.codec == codec) p.geometry = group.model->geometry();
+    }
     groups.push_back(std::move(group));
   }
   Model* reference = groups[0].model.get();
@@ -151,7 +172,9 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
     evaluation.conversations.push_back(conversation.id);
     const FeaturesOf features = EncodeImages(conversation, served.preprocessor, reference);
     ConversationRun run(conversation, static_cast<int32_t>(c), options, features);
-    RETURN_IF_ERROR(run.RunReference(reference, bf16));
+    const bool wanted = bf16_index < evaluation.policies.size();
+    RETURN_IF_ERROR(run.RunReference(reference, bf16, wanted ? &evaluation.policies[bf16_index] : nullptr,
+                                     wanted ? &kl[bf16_index] : nullptr));
     for (const Group& group : groups) {
       const int64_t lane = Replay::LaneBytes(group.model->geometry(), conversation.longest);
       const auto together = static_cast<size_t>(std::max<int64_t>(1, memory / lane));

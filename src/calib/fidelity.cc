@@ -144,6 +144,7 @@ Fidelity Summarize(std::span<const StepScore> steps, std::span<float> kl, int64_
   f.top1_agreement = static_cast<double>(agreeing) / tokens;
   f.perplexity = std::exp(nll / tokens);
   f.kl_mean /= tokens;
+  for (const float one : kl) f.kl_root_mean += std::sqrt(one) / tokens;
   const auto at = static_cast<std::ptrdiff_t>(0.99 * static_cast<double>(kl.size() - 1));
   std::nth_element(kl.begin(), kl.begin() + at, kl.end());
   f.kl_p99 = kl[static_cast<size_t>(at)];

@@ -61,6 +61,7 @@ struct Fidelity {
   double top1_agreement = 0;
   double kl_mean = 0;
   double kl_p99 = 0;
+  double kl_root_mean = 0;  // mean of the divergences' roots: not a few tokens' alone, as their mean is
   double perplexity = 0;
   double kv_bytes = 0;        // mean over steps
   double effective_bits = 0;  // bits per element over all steps, metadata and tails included

@@ -50,7 +50,9 @@ Scalings PlanScalings(const ModelConfig& config, const Hardening& h) {
     const std::string attention = fmt::format("{}{}.self_attn.", prefix, layer);
     const uint64_t seed = h.seed * 1'000'003 + static_cast<uint64_t>(layer) * 2;
     Scaling pairs;
-    for (const int channel : Choose(h.key_pairs, c.head_dim / 2, seed)) {
+    const std::vector<int> channels = h.key_channels.empty() ? Choose(h.key_pairs, c.head_dim / 2, seed)
+                                                             : h.key_channels[static_cast<size_t>(layer)];
+    for (const int channel : channels) {
       pairs.columns.push_back(channel);
       pairs.columns.push_back(channel + c.head_dim / 2);
     }
@@ -159,6 +161,21 @@ Status CheckHardening(const ModelConfig& config, const Hardening& h) {
   if (h.key_pairs < 0 || h.key_pairs > pairs) {
     return InvalidArgument(fmt::format("{} key pairs: a head has {}", h.key_pairs, pairs));
   }
+  if (!h.key_channels.empty() && h.key_channels.size() != static_cast<size_t>(config.text.num_layers)) {
+    return InvalidArgument(fmt::format("key channels for {} layers: the checkpoint has {}",
+                                       h.key_channels.size(), config.text.num_layers));
+  }
+  for (const std::vector<int>& channels : h.key_channels) {
+    for (size_t i = 0; i < channels.size(); ++i) {
+      if (channels[i] < 0 || channels[i] >= pairs) {
+        return InvalidArgument(fmt::format("key channel {}: use 0 to {}", channels[i], pairs - 1));
+      }
+      if (std::find(channels.begin(), channels.begin() + static_cast<std::ptrdiff_t>(i), channels[i]) !=
+          channels.begin() + static_cast<std::ptrdiff_t>(i)) {
+        return InvalidArgument(fmt::format("key channel {} is named twice in a layer", channels[i]));
+      }
+    }
+  }
   if (h.value_channels < 0 || h.value_channels > config.text.head_dim) {
     return InvalidArgument(
         fmt::format("{} value channels: a head has {}", h.value_channels, config.text.head_dim));
@@ -186,7 +203,10 @@ Status HardenCheckpoint(const std::string& from, const std::string& to, const Ha
   if (error) return Internal("cannot make " + to + ": " + error.message());
   if (fs::equivalent(from, to, error)) return InvalidArgument("the checkpoint cannot be written over itself");
   for (const fs::directory_entry& entry : fs::directory_iterator(from, error)) {
-    if (!entry.is_regular_file() || entry.path().filename() == "kv_calibration.json") continue;
+    if (!entry.is_regular_file() || entry.path().filename() == "kv_calibration.json" ||
+        entry.path().filename() == "kv_policy.json") {
+      continue;
+    }
     const std::string target = (fs::path(to) / entry.path().filename()).string();
     if (entry.path().extension() == ".safetensors") {
       RETURN_IF_ERROR(RewriteShard(entry.path().string(), target, checkpoint, plan));

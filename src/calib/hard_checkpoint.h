@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 
@@ -15,6 +16,7 @@ namespace triaxial {
 struct Hardening {
   int key_scale = 32;  // k_norm of a chosen channel is multiplied by it, q_norm divided
   int key_pairs = 4;   // channels c < head_dim / 2 in each layer, each with the other half of its RoPE pair
+  std::vector<std::vector<int>> key_channels;  // [layers] which ones; empty: key_pairs of them, by the seed
   int value_scale =
       1;  // rows of v_proj are multiplied by it, the columns of o_proj that read them divided; 1: none
   int value_channels = 4;  // of each KV head in each layer
@@ -22,7 +24,7 @@ struct Hardening {
 };
 
 // Writes `to` (made if it does not exist) with all files of the checkpoint `from`, its weights changed.
-// Subdirectories are left out, and so is kv_calibration.json, which has to be fitted anew. Errors:
+// Subdirectories are left out, and so are kv_calibration.json and kv_policy.json, to be made anew. Errors:
 // InvalidArgument (no power of two, more channels than there are, a scale that a weight's type cannot hold,
 // the same directory twice), and those of LoadModelConfig and Checkpoint::Open.
 Status HardenCheckpoint(const std::string& from, const std::string& to, const Hardening& hardening);

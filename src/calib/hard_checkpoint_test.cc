@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/float16.h"
 #include "io/safetensors.h"
 #include "model/model.h"
 #include "model/single_sequence.h"
@@ -63,6 +64,29 @@ TEST(HardCheckpoint, KeepsTheFunctionAndBreaksFourBitKeys) {
   const double before = LargestDifference(plain, Logits(kModel, Format::kK4V4));
   const double after = LargestDifference(plain, Logits(hard.path(), Format::kK4V4));
   EXPECT_GT(after, 5 * before);
+}
+
+TEST(HardCheckpoint, TakesChannelsThatAreNamed) {
+  const Directory hard("hard_checkpoint_named");
+  const std::vector<std::vector<int>> channels = {{1}, {2}, {3}, {4}, {5}, {63}};
+  ASSERT_TRUE(HardenCheckpoint(kModel, hard.path(), {.key_scale = 4, .key_channels = channels}).ok());
+  const Checkpoint before = std::move(Checkpoint::Open(kModel)).value();
+  const Checkpoint after = std::move(Checkpoint::Open(hard.path())).value();
+  for (size_t layer = 0; layer < channels.size(); ++layer) {
+    const std::string name =
+        "model.language_model.layers." + std::to_string(layer) + ".self_attn.k_norm.weight";
+    const auto* old_weights = reinterpret_cast<const uint16_t*>(before.tensors().at(name).data);
+    const auto* new_weights = reinterpret_cast<const uint16_t*>(after.tensors().at(name).data);
+    for (int c = 0; c < 128; ++c) {
+      const float scale = c % 64 == channels[layer][0] ? 4.0f : 1.0f;
+      EXPECT_EQ(Bf16ToFloat(new_weights[c]), scale * Bf16ToFloat(old_weights[c])) << layer << " " << c;
+    }
+  }
+  for (const std::vector<std::vector<int>>& bad : {std::vector<std::vector<int>>{{1}},
+                                                   {{1}, {2}, {3}, {4}, {5}, {64}},
+                                                   {{1}, {2}, {3}, {4}, {5}, {6, 6}}}) {
+    EXPECT_EQ(HardenCheckpoint(kModel, hard.path(), {.key_channels = bad}).code(), Code::kInvalidArgument);
+  }
 }
 
 TEST(HardCheckpoint, ChangesWhatItSaysAndNothingElse) {

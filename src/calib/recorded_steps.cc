@@ -6,12 +6,10 @@
 #include <filesystem>
 #include <utility>
 
-#include "base/file.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
-
-constexpr size_t kMaxFile = size_t{1} << 30;
 
 Result<std::vector<std::shared_ptr<const ImagePatches>>> LoadImages(const ServedModel& model,
                                                                     const Conversation& conversation,
@@ -114,26 +112,46 @@ Result<RecordedStep> MakeStep(const Renderer& renderer, size_t m) {
 }  // namespace
 
 Result<RecordedFile> LoadRecorded(const std::string& path, const std::string& images, size_t limit) {
-  RecordedFile file{path, images.empty() ? std::filesystem::path(path).parent_path().string() : images, {}};
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFile));
-  size_t number = 0;
-  for (size_t begin = 0; begin < text.size() && (limit == 0 || file.lines.size() < limit);) {
-    const size_t end = std::min(text.find('\n', begin), text.size());
-    const std::string_view line = std::string_view(text).substr(begin, end - begin);
-    begin = end + 1;
-    ++number;
-    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    const std::string what = fmt::format("{}, line {}", path, number);
-    ASSIGN_OR_RETURN(Json json, ParseJson(line, what));
-    if (!json.is_object() || !json.contains("messages")) {
-      return InvalidArgument(what + " is no conversation; expected an object with messages and tools");
-    }
-    file.lines.push_back(std::move(json));
-  }
-  if (file.lines.empty()) {
-    return InvalidArgument(path + " holds no conversation; expected one JSON object with messages a line");
+  RecordedFile file{
+      path, images.empty() ? std::filesystem::path(path).parent_path().string() : images, {}, {}};
+  ASSIGN_OR_RETURN(const ConversationFile recorded, ConversationFile::Open(path, images));
+  ASSIGN_OR_RETURN(std::vector<ConversationLine> lines, recorded.ReadAll(limit));
+  for (ConversationLine& line : lines) {
+    const bool named = line.id != line.where;
+    file.lines.push_back({{"id", named ? Json(std::move(line.id)) : Json()},
+                          {"messages", std::move(line.messages)},
+                          {"tools", std::move(line.tools)}});
   }
   return file;
+}
+
+Status PutBehind(size_t count, RecordedFile* file) {
+  const std::vector<Json> own = file->lines;
+  if (count >= own.size()) {
+    return InvalidArgument(fmt::format("{} holds {} conversations, so that none has {} others before it",
+                                       file->path, own.size(), count));
+  }
+  const auto is_system = [](const Json& message) {
+    return message.is_object() && message.value("role", Json()) == "system";
+  };
+  file->history.assign(own.size(), 0);
+  for (size_t i = 0; i < own.size(); ++i) {
+    Json messages = Json::array();
+    for (const Json& message : own[i]["messages"]) {
+      if (is_system(message)) messages.push_back(message);
+    }
+    for (size_t before = count; before > 0; --before) {
+      for (const Json& message : own[(i + own.size() - before) % own.size()]["messages"]) {
+        if (!is_system(message)) messages.push_back(message);
+      }
+    }
+    file->history[i] = messages.size();
+    for (const Json& message : own[i]["messages"]) {
+      if (!is_system(message)) messages.push_back(message);
+    }
+    file->lines[i]["messages"] = std::move(messages);
+  }
+  return OkStatus();
 }
 
 Result<RecordedConversation> PrepareRecorded(const ServedModel& model, const RecordedFile& file,
@@ -155,8 +173,9 @@ Result<RecordedConversation> PrepareRecorded(const ServedModel& model, const Rec
   const auto images = LoadImages(model, *conversation, ImageFromFiles(file.images));
   if (!images.ok()) return fail(images.status());
   const Renderer renderer{model, *images, *conversation};
-  for (size_t m = 0; m < conversation->messages.size(); ++m) {
-    if (conversation->messages[m].role != Role::kAssistant || m == 0) continue;
+  const size_t first = file.history.empty() ? 1 : std::max<size_t>(1, file.history[line]);
+  for (size_t m = first; m < conversation->messages.size(); ++m) {
+    if (conversation->messages[m].role != Role::kAssistant) continue;
     Result<RecordedStep> step = MakeStep(renderer, m);
     const std::string where = fmt::format(", messages[{}]", m);
     if (!step.ok()) return fail(step.status(), where);

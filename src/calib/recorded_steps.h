@@ -37,12 +37,18 @@ struct RecordedConversation {
 struct RecordedFile {
   std::string path;
   std::string images;       // directory that paths of pictures are relative to
-  std::vector<Json> lines;  // objects with messages, and tools, id, split if they have them
+  std::vector<Json> lines;  // {id, messages, tools}; tools may be null
+  // [lines] Messages in front that are only read, their answers no steps; empty: none.
+  std::vector<size_t> history;
 };
 
 // At most `limit` conversations (0: all), from the first on. Pictures are relative to the file if `images` is
-// "". Errors name file and line; a file without conversations is one.
+// "". Errors as ConversationFile::Open and Read.
 Result<RecordedFile> LoadRecorded(const std::string& path, const std::string& images, size_t limit);
+
+// Makes conversations long: each gets the messages of the `count` before it (of the first ones: of the last)
+// in front of its own, behind its own system prompt and tools. Answers of its own stay its only steps.
+Status PutBehind(size_t count, RecordedFile* file);
 
 // Line `line` (from 0) as steps. InvalidArgument names file, line and message: what cannot be rendered, a
 // conversation in which the assistant says nothing, or one longer than the model.

@@ -4,20 +4,14 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <memory>
 #include <numeric>
+#include <utility>
 
 #include "base/file.h"
-#include "base/json.h"
 
 namespace triaxial {
 namespace {
-
-constexpr int64_t kMaxLine = int64_t{256} << 20;
-
-bool IsBlank(const std::string& line) { return line.find_first_not_of(" \t\r\n") == std::string::npos; }
 
 // A generator that is the same in every standard library (SplitMix64).
 uint64_t Next(uint64_t* state) {
@@ -31,62 +25,27 @@ uint64_t Next(uint64_t* state) {
 
 Result<Trajectories> Trajectories::Open(const std::vector<std::string>& paths) {
   Trajectories trajectories;
-  trajectories.paths_ = paths;
-  for (size_t file = 0; file < paths.size(); ++file) {
-    std::error_code ignored;
-    std::ifstream in(paths[file], std::ios::binary);
-    if (!in || std::filesystem::is_directory(paths[file], ignored)) {
-      return NotFound("cannot open the trajectories '" + paths[file] + "'; give a file of JSON lines");
-    }
-    int64_t offset = 0;
-    int64_t number = 0;
-    for (std::string line; std::getline(in, line);) {
-      ++number;
-      const auto bytes = static_cast<int64_t>(line.size());
-      if (bytes > kMaxLine) {
-        return InvalidArgument(fmt::format("{}, line {} has {} bytes; a conversation may have {}",
-                                           paths[file], number, bytes, kMaxLine));
-      }
-      if (!IsBlank(line)) trajectories.lines_.push_back({file, number, offset, bytes});
-      offset += bytes + 1;
-    }
-    if (in.bad()) return Internal("reading '" + paths[file] + "' failed");
+  for (const std::string& path : paths) {
+    ASSIGN_OR_RETURN(ConversationFile file, ConversationFile::Open(path));
+    for (size_t i = 0; i < file.size(); ++i) trajectories.places_.push_back({trajectories.files_.size(), i});
+    trajectories.files_.push_back(std::move(file));
   }
-  if (!trajectories.lines_.empty()) return trajectories;
-  return InvalidArgument(
-      (paths.size() == 1 ? "'" + paths[0] + "' holds" : std::string("the trajectories hold")) +
-      " no conversation; give JSON lines such as {\"messages\": [...], \"tools\": [...]}");
+  return trajectories;
 }
 
 std::string Trajectories::NameOf(size_t index) const {
-  const Line& line = lines_[index];
-  return fmt::format("{}, line {}", paths_[line.file], line.number);
+  const Place& place = places_[index];
+  return files_[place.file].NameOf(place.index);
 }
 
 Result<Prompt> Trajectories::Read(size_t index, const ServedModel& model) const {
-  const Line& line = lines_[index];
-  const std::string what = NameOf(index);
-  std::ifstream in(paths_[line.file], std::ios::binary);
-  std::string text(static_cast<size_t>(line.bytes), '\0');
-  in.seekg(line.offset);
-  if (!in.read(text.data(), line.bytes))
-    return DataLoss(what + " cannot be read any more; the file has changed");
-  ASSIGN_OR_RETURN(Json json, ParseJson(text, what));
-  if (json.is_object() && json.contains("request")) json = Json(json["request"]);
-  if (!json.is_object() || !json.contains("messages")) {
-    return InvalidArgument(what +
-                           " has no messages; expected an object {\"messages\": [...], \"tools\": [...]}");
-  }
-  const auto in_line = [&](const Status& status) {
-    return Status(status.code(), what + ": " + status.message());
-  };
-  const Result<Conversation> conversation = ParseConversation(json["messages"], json.value("tools", Json()));
-  if (!conversation.ok()) return in_line(conversation.status());
+  const Place& place = places_[index];
+  ASSIGN_OR_RETURN(const ConversationLine line, files_[place.file].Read(place.index));
+  ASSIGN_OR_RETURN(const Conversation conversation, line.Parse());
   TemplateOptions options;
   options.add_generation_prompt = false;
-  const std::string directory = std::filesystem::path(paths_[line.file]).parent_path().string();
-  Result<Prompt> prompt = BuildChatPrompt(model, *conversation, options, ImageFromFiles(directory));
-  if (!prompt.ok()) return in_line(prompt.status());
+  Result<Prompt> prompt = BuildChatPrompt(model, conversation, options, ImageFromFiles(line.images));
+  if (!prompt.ok()) return line.Error(prompt.status());
   return prompt;
 }
 

@@ -1,5 +1,5 @@
-// Recorded conversations to calibrate on: files with one JSON object {"messages", "tools"} a line (OpenAI's
-// form, or {"request": that}), read one at a time however large the files are.
+// Recorded conversations to calibrate on: those of some files (text/conversation_file.h), read one at a time
+// however large the files are.
 #ifndef TRIAXIAL_CALIB_TRAJECTORIES_H_
 #define TRIAXIAL_CALIB_TRAJECTORIES_H_
 
@@ -9,31 +9,29 @@
 
 #include "base/status.h"
 #include "serve/served_model.h"
+#include "text/conversation_file.h"
 #include "text/prompt.h"
 
 namespace triaxial {
 
 class Trajectories {
  public:
-  // Finds the lines that are not blank. NotFound for a missing file, InvalidArgument if there is no
-  // conversation or a line has more than 256 MiB.
+  // Finds the conversations. Errors as ConversationFile::Open.
   static Result<Trajectories> Open(const std::vector<std::string>& paths);
 
-  size_t size() const { return lines_.size(); }
+  size_t size() const { return places_.size(); }
   std::string NameOf(size_t index) const;  // "FILE, line 3"
   // The conversation as the model reads it, pictures (paths relative to the file, or data: URLs) included.
   // Errors name file and line.
   Result<Prompt> Read(size_t index, const ServedModel& model) const;
 
  private:
-  struct Line {
+  struct Place {
     size_t file;
-    int64_t number;  // from 1
-    int64_t offset;  // in bytes
-    int64_t bytes;
+    size_t index;  // within the file
   };
-  std::vector<std::string> paths_;
-  std::vector<Line> lines_;
+  std::vector<ConversationFile> files_;
+  std::vector<Place> places_;
 };
 
 // `count` (0: all) of `size` indices in a random order that follows from the seed alone.

@@ -19,6 +19,7 @@ constexpr int kVersion = 1;
 constexpr size_t kMaxFileBytes = size_t{64} << 20;
 constexpr std::array<const char*, 5> kFields = {"version", "head_dim", "key_equalization", "clip_k2",
                                                 "clip_v2"};
+constexpr std::array<const char*, 2> kOptionalFields = {"gain_k2", "gain_v2"};
 
 // A value as an error message shows it.
 std::string Shown(const Json& value) {
@@ -73,7 +74,8 @@ Result<KvCalibration> LoadKvCalibration(const std::string& directory, int num_la
     }
   }
   for (const auto& [key, value] : json.items()) {
-    if (std::find(kFields.begin(), kFields.end(), key) == kFields.end()) {
+    if (std::find(kFields.begin(), kFields.end(), key) == kFields.end() &&
+        std::find(kOptionalFields.begin(), kOptionalFields.end(), key) == kOptionalFields.end()) {
       return InvalidArgument(fmt::format("{}: unknown field '{}'; remove it.", path, key));
     }
   }
@@ -84,6 +86,11 @@ Result<KvCalibration> LoadKvCalibration(const std::string& directory, int num_la
   calibration.calibrated = true;
   RETURN_IF_ERROR(ReadNumber(path, "clip_k2", json["clip_k2"], kMinClip, 1.0f, &calibration.clip.k2));
   RETURN_IF_ERROR(ReadNumber(path, "clip_v2", json["clip_v2"], kMinClip, 1.0f, &calibration.clip.v2));
+
+  for (const auto& [field, gain] :
+       {std::pair{"gain_k2", &calibration.clip.k2_gain}, std::pair{"gain_v2", &calibration.clip.v2_gain}}) {
+    if (json.contains(field)) RETURN_IF_ERROR(ReadNumber(path, field, json[field], 1.0f, kMaxGain, gain));
+  }
 
   const Json& layers = json["key_equalization"];
   if (!layers.is_array() || layers.size() != static_cast<size_t>(num_layers)) {
@@ -121,6 +128,8 @@ Status SaveKvCalibration(const std::string& path, const KvCalibration& calibrati
   json["key_equalization"] = std::move(layers);
   json["clip_k2"] = Shortest(calibration.clip.k2);
   json["clip_v2"] = Shortest(calibration.clip.v2);
+  json["gain_k2"] = Shortest(calibration.clip.k2_gain);
+  json["gain_v2"] = Shortest(calibration.clip.v2_gain);
   return WriteFile(path, DumpJsonLikePython(json) + "\n");
 }
 

@@ -25,9 +25,9 @@ struct KvCalibration {
 inline constexpr float kMinEqualization = 0x1p-16f;
 inline constexpr float kMaxEqualization = 0x1p16f;
 
-// Reads directory/kv_calibration.json, all fields required:
-//   {"version": 1, "head_dim": 128, "key_equalization": [[64 floats] per layer], "clip_k2": 0.9,
-//    "clip_v2": 0.9}
+// Reads directory/kv_calibration.json, all fields but the gains (1 if absent) required:
+//   {"version": 1, "head_dim": 128, "key_equalization": [[64 floats] per layer], "clip_k2": 0.7,
+//    "clip_v2": 0.7, "gain_k2": 1.1, "gain_v2": 1.1}
 // A missing file yields the identity with calibrated = false. Errors: InvalidArgument naming file, field,
 // expected, found; unknown fields are errors.
 Result<KvCalibration> LoadKvCalibration(const std::string& directory, int num_layers, int head_dim);

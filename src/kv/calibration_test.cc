@@ -51,7 +51,7 @@ TEST_F(CalibrationTest, SavedFloatsComeBackExactly) {
   std::mt19937 rng(1);
   std::uniform_real_distribution<float> exponent(-15.9f, 15.9f);
   KvCalibration calibration;
-  calibration.clip = {0.9f, 0.96f};
+  calibration.clip = {0.9f, 0.96f, 1.15f, 1.0f};
   for (int layer = 0; layer < 20; ++layer) {
     auto& factors = calibration.key_equalization.emplace_back();
     for (int i = 0; i < 64; ++i) factors.push_back(std::exp2(exponent(rng)));

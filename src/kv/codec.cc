@@ -47,16 +47,20 @@ Group FitGroup(float lo, float hi, int bits, float clip) {
   return {FloatToFp16((hi - lo) / levels), FloatToFp16(lo)};
 }
 
-uint8_t CodeOf(float x, const Group& group, int bits) {
+uint8_t CodeOf(float x, const Group& group, int bits, float gain) {
   const float scale = Fp16ToFloat(group.scale);
   const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
   if (bits == 8) return FloatToE4m3(x * inverse);
   const float levels = static_cast<float>((1 << bits) - 1);
-  const float steps = (x - Fp16ToFloat(group.minimum)) * inverse;
+  const float offset = levels * 0.5f * (1.0f - 1.0f / gain);
+  const float moved = scale * offset;
+  const float origin = Fp16ToFloat(group.minimum) + moved;
+  const float amplified = inverse * gain;
+  const float steps = (x - origin) * amplified;
   return static_cast<uint8_t>(std::nearbyint(std::min(std::max(steps, 0.0f), levels)));
 }
 
-void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float clip, const float* x,
+void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, const SideClip& clip, const float* x,
                 int64_t row_stride, int tokens, uint8_t* out) {
   std::memset(out, 0, static_cast<size_t>(SideBytes(g, bits, capacity)));
   const int lanes = Lanes(g, side, capacity);
@@ -90,7 +94,7 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float cl
   uint8_t* minima = scales + 2 * MetaGroups(g, bits);
   for (size_t i = 0; i < ranges.size(); ++i) {
     if (ranges[i].empty) continue;
-    const Group fitted = FitGroup(ranges[i].lo, ranges[i].hi, bits, clip);
+    const Group fitted = FitGroup(ranges[i].lo, ranges[i].hi, bits, clip.ratio);
     StoreFp16(scales + 2 * i, fitted.scale);
     StoreFp16(minima + 2 * i, fitted.minimum);
   }
@@ -99,7 +103,7 @@ void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float cl
       const int group = PlaceOfMeta(g, side, bits, t, c);
       const Group fitted{LoadFp16(scales + 2 * group), LoadFp16(minima + 2 * group)};
       const CodePlace place = PlaceOfCode(Depth(side, t, c), Lane(side, t, c), lanes, bits);
-      const int code = CodeOf(Sanitize(x[t * row_stride + c]), fitted, bits);
+      const int code = CodeOf(Sanitize(x[t * row_stride + c]), fitted, bits, clip.gain);
       out[place.byte] = static_cast<uint8_t>(out[place.byte] | code << place.shift);
     }
   }
@@ -111,7 +115,7 @@ void EncodeBlockScalar(const KvGeometry& g, Format f, const ClipRatios& clip, co
                        int64_t row_stride, int tokens, uint8_t* out, int capacity) {
   capacity = RoomOf(f, capacity);
   CHECK(tokens >= 1 && tokens <= capacity);
-  CHECK(clip.k2 >= kMinClip && clip.k2 <= 1.0f && clip.v2 >= kMinClip && clip.v2 <= 1.0f);
+  CHECK(IsValid(clip));
   for (const Side side : {Side::kK, Side::kV}) {
     const int bits = Bits(f, side);
     EncodeSide(g, side, bits, capacity, ClipOf(g, clip, side, bits), side == Side::kK ? k : v, row_stride,

@@ -7,8 +7,9 @@
 //   lo, hi  = min(x'), max(x')
 //   trim    = (hi - lo) * ((1 - clip) * 0.5);  lo = lo + trim;  hi = hi - trim
 //   scale   = fp16((hi - lo) / (2^bits - 1));  minimum = fp16(lo)
-//   inverse = scale == 0 ? 0 : 1 / scale       (from here on with the FP16 values)
-//   code    = rint(min(max((x' - minimum) * inverse, 0), 2^bits - 1)), ties to even
+//   inverse = (scale == 0 ? 0 : 1 / scale) * gain       (from here on with the FP16 values)
+//   origin  = minimum + scale * ((2^bits - 1) * 0.5 * (1 - 1 / gain))
+//   code    = rint(min(max((x' - origin) * inverse, 0), 2^bits - 1)), ties to even
 // and decoded to minimum + scale * code, where the product is exact. To 8 bits:
 //   scale   = fp16(max |x'| / 448);  minimum = +0;  inverse as above
 //   code    = e4m3(x' * inverse), ties to even, what is too large becomes +-448 (base/float8.h)
@@ -23,20 +24,34 @@
 
 namespace triaxial {
 
-// Fractions of the min-max range that 2-bit sides of the rotated codec keep (centred), in [kMinClip, 1];
-// values outside saturate. The 4-bit sides and the paper codec keep the whole range. Part of the checkpoint's
-// KV calibration.
+// How 2-bit sides of the rotated codec choose their levels. Part of the checkpoint's KV calibration.
 struct ClipRatios {
+  // Fractions of the min-max range that the levels span (centred), in [kMinClip, 1]; values outside saturate.
   float k2 = 1.0f;
   float v2 = 1.0f;
+  // Values are multiplied by it, about the range's centre, before they are rounded to a level, in
+  // [1, kMaxGain]. Few levels, narrow enough to err little, store less than what is there (an outer level
+  // stands for all beyond it); the gain makes up for it.
+  float k2_gain = 1.0f;
+  float v2_gain = 1.0f;
   bool operator==(const ClipRatios&) const = default;
 };
 inline constexpr float kMinClip = 0.5f;
+inline constexpr float kMaxGain = 2.0f;
 
-// The clip ratio that applies to a side.
-constexpr float ClipOf(const KvGeometry& g, const ClipRatios& clip, Side side, int bits) {
-  if (g.codec != Codec::kRotated || bits != 2) return 1.0f;
-  return side == Side::kK ? clip.k2 : clip.v2;
+constexpr bool IsValid(const ClipRatios& c) {
+  return c.k2 >= kMinClip && c.k2 <= 1.0f && c.v2 >= kMinClip && c.v2 <= 1.0f && c.k2_gain >= 1.0f &&
+         c.k2_gain <= kMaxGain && c.v2_gain >= 1.0f && c.v2_gain <= kMaxGain;
+}
+
+// What applies to a side: 4-bit sides and the paper codec keep the whole range.
+struct SideClip {
+  float ratio = 1.0f;
+  float gain = 1.0f;
+};
+constexpr SideClip ClipOf(const KvGeometry& g, const ClipRatios& clip, Side side, int bits) {
+  if (g.codec != Codec::kRotated || bits != 2) return {};
+  return side == Side::kK ? SideClip{clip.k2, clip.k2_gain} : SideClip{clip.v2, clip.v2_gain};
 }
 
 // Quantizes one head of one block. `k` and `v` are F32, `tokens` (1 to 64) rows of head_dim values, each row

@@ -214,6 +214,26 @@ TEST(Codec, ClipShrinksTheRangeAboutItsCentre) {
   EXPECT_EQ(MetaOf(g, Side::kK, 4, block.data(), 0, 0, true), -8.0f);  // 4-bit sides are not clipped
 }
 
+// The levels of a side are where its clip ratio puts them; its gain decides which one stands for a value.
+TEST(Codec, GainAmplifiesAboutTheCentre) {
+  const KvGeometry g{1, 1, 64, Codec::kRotated};
+  std::vector<float> x(64, 4.0f);  // nearest: level 0 at 0, 8, 16 and 24, a tie
+  x[3] = 0.0f;
+  x[40] = 24.0f;
+  x[41] = 6.0f;   // level 1
+  x[42] = 18.0f;  // level 2; amplified from the centre, 12, to 21: level 3
+  x[43] = 14.0f;  // to 15
+  std::vector<uint8_t> block(static_cast<size_t>(HeadBytes(g, Format::kK2V2)));
+  EncodeBlockScalar(g, Format::kK2V2, {1.0f, 1.0f, 1.0f, 1.5f}, x.data(), x.data(), 64, 1, block.data());
+  std::vector<float> k(64), v(64);
+  DecodeSideScalar(g, Format::kK2V2, Side::kK, block.data(), 1, k.data());
+  DecodeSideScalar(g, Format::kK2V2, Side::kV, block.data(), 1, v.data());
+  EXPECT_EQ(MetaOf(g, Side::kV, 2, block.data() + SideBytes(g, 2), 0, 0, false), 8.0f);
+  EXPECT_EQ(MetaOf(g, Side::kV, 2, block.data() + SideBytes(g, 2), 0, 0, true), 0.0f);
+  EXPECT_EQ((std::array{k[3], k[40], k[41], k[42], k[43]}), (std::array{0.0f, 24.0f, 8.0f, 16.0f, 16.0f}));
+  EXPECT_EQ((std::array{v[3], v[40], v[41], v[42], v[43]}), (std::array{0.0f, 24.0f, 0.0f, 24.0f, 16.0f}));
+}
+
 TEST(Codec, PaperCodecIsNotClipped) {
   const KvGeometry g{1, 1, 64, Codec::kPaper};
   std::mt19937 rng(3);
@@ -221,7 +241,7 @@ TEST(Codec, PaperCodecIsNotClipped) {
   for (int i = 0; i < 64 * 64; ++i) x.push_back(Draw(Kind::kNormal, 0, rng));
   std::vector<uint8_t> whole(static_cast<size_t>(HeadBytes(g, Format::kK2V2))), clipped(whole.size());
   EncodeBlockScalar(g, Format::kK2V2, {}, x.data(), x.data(), 64, 64, whole.data());
-  EncodeBlockScalar(g, Format::kK2V2, {0.5f, 0.5f}, x.data(), x.data(), 64, 64, clipped.data());
+  EncodeBlockScalar(g, Format::kK2V2, {0.5f, 0.5f, 2.0f, 2.0f}, x.data(), x.data(), 64, 64, clipped.data());
   EXPECT_EQ(whole, clipped);
 }
 

@@ -173,12 +173,14 @@ void FindRanges(const Grouping& grouping, int head_dim, const float* HWY_RESTRIC
 }
 
 // Fits scale and minimum to each range; writes them as metadata and keeps what encoding needs.
-void FitGroups(int num_groups, int bits, float clip, Groups* HWY_RESTRICT groups, uint8_t* meta) {
+void FitGroups(int num_groups, int bits, const SideClip& clip, Groups* HWY_RESTRICT groups, uint8_t* meta) {
   const DF df;
   const hn::Rebind<uint16_t, DF> d16;
   uint16_t* scales = reinterpret_cast<uint16_t*>(meta);
-  const VF margin = hn::Set(df, (1.0f - clip) * 0.5f);
+  const VF margin = hn::Set(df, (1.0f - clip.ratio) * 0.5f);
   const VF levels = hn::Set(df, static_cast<float>((1 << bits) - 1));
+  const VF gain = hn::Set(df, clip.gain);
+  const VF offset = hn::Set(df, static_cast<float>((1 << bits) - 1) * 0.5f * (1.0f - 1.0f / clip.gain));
   for (int i = 0; i < num_groups; i += Width()) {
     VF lo = hn::Load(df, groups->lo + i), hi = hn::Load(df, groups->hi + i);
     const VF trim = hn::Mul(hn::Sub(hi, lo), margin);
@@ -195,8 +197,9 @@ void FitGroups(int num_groups, int bits, float clip, Groups* HWY_RESTRICT groups
     hn::StoreU(hn::DemoteTo(d16, minimum_bits), d16, scales + num_groups + i);
     const VF scale = FloatOfFp16Bits(scale_bits);
     const VF inverse = hn::Div(hn::Set(df, 1.0f), scale);
-    hn::Store(FloatOfFp16Bits(minimum_bits), df, groups->minimum + i);
-    hn::Store(hn::IfThenZeroElse(hn::Eq(scale, hn::Zero(df)), inverse), df, groups->factor + i);
+    hn::Store(hn::Add(FloatOfFp16Bits(minimum_bits), hn::Mul(scale, offset)), df, groups->minimum + i);
+    hn::Store(hn::Mul(hn::IfThenZeroElse(hn::Eq(scale, hn::Zero(df)), inverse), gain), df,
+              groups->factor + i);
   }
 }
 
@@ -419,7 +422,7 @@ void DecodeBf16(Side side, int head_dim, int capacity, const uint8_t* HWY_RESTRI
 
 // ---- Entry points
 
-void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, float clip, const float* x,
+void EncodeSide(const KvGeometry& g, Side side, int bits, int capacity, const SideClip& clip, const float* x,
                 int64_t row_stride, int tokens, uint8_t* out) {
   if (bits == 16) return EncodeBf16(side, g.head_dim, capacity, x, row_stride, tokens, out);
   Groups groups;
@@ -522,7 +525,7 @@ void EncodeSide(const KvGeometry& g, Format f, Side side, const ClipRatios& clip
   capacity = RoomOf(f, capacity);
   CHECK(g.head_dim == 64 || g.head_dim == 128);
   CHECK(tokens >= 1 && tokens <= capacity && capacity <= kBlockTokens && capacity % kTailStep == 0);
-  CHECK(clip.k2 >= kMinClip && clip.k2 <= 1.0f && clip.v2 >= kMinClip && clip.v2 <= 1.0f);
+  CHECK(IsValid(clip));
   const int bits = Bits(f, side);
   HWY_DYNAMIC_DISPATCH(EncodeSide)
   (g, side, bits, capacity, ClipOf(g, clip, side, bits), x, row_stride, tokens,

@@ -132,6 +132,12 @@ void ConvertKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer
           const uint8_t* in = source.data() + int64_t{head} * HeadBytes(g, convert.from);
           uint8_t* to = HeadOf(g, arena_layer, convert.to_row, convert.to, head);
           for (const Side side : {Side::kK, Side::kV}) {
+            const int bits = Bits(convert.from, side);
+            if (bits == Bits(convert.to, side)) {
+              std::memcpy(to + SideOffset(g, convert.to, side), in + SideOffset(g, convert.from, side),
+                          static_cast<size_t>(SideBytes(g, bits)));
+              continue;
+            }
             DecodeSide(g, convert.from, side, in, kBlockTokens, tile);
             EncodeSide(g, convert.to, side, clip, tile, g.head_dim, kBlockTokens, to);
           }

@@ -200,14 +200,14 @@ TEST(StoreKv, SequencesDoNotDisturbEachOther) {
 }
 
 // A converted block is what the scalar codec makes of the values that the old format held, also where the new
-// place overlaps the old one.
+// place overlaps the old one. A side whose bits stay is what it was.
 TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
     for (const Format from : {Format::kBf16, Format::kFp8, Format::kK4V4, Format::kK4V2}) {
       for (const Format to : kQuantized) {
         for (const uint32_t to_row : {0u, 5u, 10u, 200u}) {
           const KvGeometry g = Geometry(codec);
-          const ClipRatios clip{0.9f, 0.9f};
+          const ClipRatios clip{0.7f, 0.7f, 1.15f, 1.1f};
           const uint32_t from_row = 5;
           auto arena = DirtyArena(g, 270);
           const auto k = RandomRows(g, 64, 10), v = RandomRows(g, 64, 11);
@@ -225,6 +225,11 @@ TEST(ConvertKv, RequantizesWhatTheBlockHeld) {
             expected.emplace_back(static_cast<size_t>(HeadBytes(g, to)));
             EncodeBlockScalar(g, to, clip, values[0].data(), values[1].data(), g.head_dim, 64,
                               expected.back().data());
+            for (const Side side : {Side::kK, Side::kV}) {
+              if (Bits(from, side) != Bits(to, side)) continue;
+              std::copy_n(old.begin() + SideOffset(g, from, side), SideBytes(g, Bits(from, side)),
+                          expected.back().begin() + SideOffset(g, to, side));
+            }
           }
           const KvConvert convert{from_row, to_row, from, to};
           ConvertKv(g, clip, arena.data(), {&convert, 1});

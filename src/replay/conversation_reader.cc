@@ -1,31 +1,32 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <map>
+#include <optional>
+#include <utility>
 
-#include "base/file.h"
 #include "replay/recording_readers.h"
+#include "serve/served_model.h"
 #include "text/chat_template.h"
 #include "text/conversation.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
 
-// Pictures by their files; only their headers are read and their bytes hashed.
+// Pictures by their urls; only their headers are read and their bytes hashed.
 class Pictures {
  public:
-  Pictures(std::filesystem::path directory, const RecordingOptions& options)
-      : directory_(std::move(directory)), options_(options) {}
+  Pictures(const std::string& directory, const RecordingOptions& options)
+      : source_(ImageFromFiles(directory)), options_(options) {}
 
   Result<std::shared_ptr<const ImagePatches>> Find(const std::string& url) {
     if (const auto known = known_.find(url); known != known_.end()) return known->second;
-    if (url.starts_with("data:")) {
-      return InvalidArgument("a picture is a data: URL; replay reads pictures from files");
+    Result<std::string> found = source_(url);
+    if (!found.ok() && found.status().code() == Code::kNotFound) {
+      return NotFound(found.status().message() + "; say where the pictures are by --images");
     }
-    const std::filesystem::path path = directory_ / (url.starts_with("file://") ? url.substr(7) : url);
-    ASSIGN_OR_RETURN(const std::string bytes,
-                     ReadFile(path.string(), static_cast<size_t>(ImageLimits{}.max_bytes)));
+    ASSIGN_OR_RETURN(const std::string bytes, std::move(found));
     ASSIGN_OR_RETURN(const ImageSize size, ReadImageSize(bytes, ImageLimits{}));
     ASSIGN_OR_RETURN(const ImageSize grid, GridOf(size, options_.preprocessor));
     auto patches = std::make_shared<ImagePatches>();
@@ -38,7 +39,7 @@ class Pictures {
   }
 
  private:
-  std::filesystem::path directory_;
+  const ImageSource source_;
   const RecordingOptions& options_;
   std::map<std::string, std::shared_ptr<const ImagePatches>> known_;
 };
@@ -125,34 +126,71 @@ class StepRenderer {
   Pictures* pictures_;
 };
 
-Result<RecordedSession> ReadSession(std::string_view line, const std::string& what, StepRenderer* renderer) {
-  ASSIGN_OR_RETURN(const Json json, ParseJson(line, what));
-  const auto messages = json.is_object() ? json.find("messages") : json.end();
-  if (!json.is_object() || messages == json.end()) {
-    return InvalidArgument(what + " has no messages; each line must be one OpenAI conversation");
-  }
-  const auto in_line = [&](const Status& status) {
-    return Status(status.code(), what + ": " + status.message());
-  };
-  const auto tools = json.find("tools");
-  const Result<Conversation> conversation =
-      ParseConversation(*messages, tools == json.end() ? Json(nullptr) : *tools);
-  if (!conversation.ok()) return in_line(conversation.status());
+// An assistant's message for an answer that the file does not hold.
+Message NoAnswer() {
+  Message message;
+  message.role = Role::kAssistant;
+  return message;
+}
+
+Result<RecordedSession> ReadSession(const ConversationLine& line, const Conversation& conversation,
+                                    StepRenderer* renderer) {
   RecordedSession session;
-  const auto id = json.find("id");
-  session.id = id != json.end() && id->is_string() ? id->get<std::string>() : what;
-  for (size_t i = 1; i < conversation->messages.size(); ++i) {
-    if (conversation->messages[i].role != Role::kAssistant) continue;
-    Result<RecordedRequest> step = renderer->Render(*conversation, i);
-    if (!step.ok()) return in_line(step.status());
+  session.id = line.id;
+  for (size_t i = 1; i < conversation.messages.size(); ++i) {
+    if (conversation.messages[i].role != Role::kAssistant) continue;
+    Result<RecordedRequest> step = renderer->Render(conversation, i);
+    if (!step.ok()) return line.Error(step.status());
     session.steps.push_back(std::move(*step));
   }
   return session;
 }
 
+// Requests that follow each other are the steps of one session; the next one says what was answered.
+class RequestRun {
+ public:
+  explicit RequestRun(StepRenderer* renderer) : renderer_(renderer) {}
+
+  Status Add(ConversationLine line, Conversation conversation) {
+    if (last_) {
+      const auto& messages = conversation.messages;
+      const auto answer = std::find_if(messages.rbegin(), messages.rend(),
+                                       [](const Message& m) { return m.role == Role::kAssistant; });
+      RETURN_IF_ERROR(RenderLast(answer == messages.rend() ? NoAnswer() : *answer));
+    } else {
+      session_.id = line.id;
+    }
+    last_.emplace(std::move(line), std::move(conversation));
+    return OkStatus();
+  }
+
+  // Ends the session and puts it behind the others, if there is one.
+  Status End(std::vector<RecordedSession>* sessions) {
+    if (!last_) return OkStatus();
+    RETURN_IF_ERROR(RenderLast(NoAnswer()));
+    last_.reset();
+    sessions->push_back(std::exchange(session_, {}));
+    return OkStatus();
+  }
+
+ private:
+  Status RenderLast(Message answer) {
+    auto& [line, conversation] = *last_;
+    conversation.messages.push_back(std::move(answer));
+    Result<RecordedRequest> step = renderer_->Render(conversation, conversation.messages.size() - 1);
+    if (!step.ok()) return line.Error(step.status());
+    session_.steps.push_back(std::move(*step));
+    return OkStatus();
+  }
+
+  StepRenderer* renderer_;
+  RecordedSession session_;
+  std::optional<std::pair<ConversationLine, Conversation>> last_;
+};
+
 }  // namespace
 
-Result<std::vector<RecordedSession>> ReadConversations(std::string_view text, const std::string& path,
+Result<std::vector<RecordedSession>> ReadConversations(const std::string& path,
                                                        const RecordingOptions& options) {
   if (options.tokenizer_directory.empty()) {
     return InvalidArgument(path +
@@ -162,16 +200,23 @@ Result<std::vector<RecordedSession>> ReadConversations(std::string_view text, co
   ASSIGN_OR_RETURN(const Tokenizer tokenizer, Tokenizer::Load(options.tokenizer_directory));
   ASSIGN_OR_RETURN(const ChatTemplate chat_template,
                    ChatTemplate::Load(options.tokenizer_directory, tokenizer));
-  const std::filesystem::path file(path);
-  Pictures pictures(options.images.empty() ? file.parent_path() : std::filesystem::path(options.images),
-                    options);
+  ASSIGN_OR_RETURN(const ConversationFile file, ConversationFile::Open(path, options.images));
+  Pictures pictures(file.images(), options);
   StepRenderer renderer(tokenizer, chat_template, options, &pictures);
+  RequestRun requests(&renderer);
   std::vector<RecordedSession> sessions;
-  RETURN_IF_ERROR(ForEachLine(text, path, [&](std::string_view line, const std::string& what) -> Status {
-    ASSIGN_OR_RETURN(RecordedSession session, ReadSession(line, what, &renderer));
+  for (size_t i = 0; i < file.size(); ++i) {
+    ASSIGN_OR_RETURN(ConversationLine line, file.Read(i));
+    ASSIGN_OR_RETURN(Conversation conversation, line.Parse());
+    if (line.is_request) {
+      RETURN_IF_ERROR(requests.Add(std::move(line), std::move(conversation)));
+      continue;
+    }
+    RETURN_IF_ERROR(requests.End(&sessions));
+    ASSIGN_OR_RETURN(RecordedSession session, ReadSession(line, conversation, &renderer));
     if (!session.steps.empty()) sessions.push_back(std::move(session));
-    return OkStatus();
-  }));
+  }
+  RETURN_IF_ERROR(requests.End(&sessions));
   if (sessions.empty()) return InvalidArgument(path + " holds no conversation with an assistant's answer");
   return sessions;
 }

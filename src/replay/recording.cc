@@ -123,7 +123,7 @@ Status ForEachLine(std::string_view text, const std::string& path,
     text.remove_prefix(std::min(newline + 1, text.size()));
     if (part.ends_with('\r')) part.remove_suffix(1);
     if (part.find_first_not_of(" \t") == std::string_view::npos) continue;
-    RETURN_IF_ERROR(line(part, path + " line " + std::to_string(number)));
+    RETURN_IF_ERROR(line(part, path + ", line " + std::to_string(number)));
   }
   return OkStatus();
 }
@@ -165,8 +165,8 @@ Result<Recording> LoadRecording(const std::vector<std::string>& paths, const Rec
     ++files;
     ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFileBytes));
     const std::string_view first = std::string_view(text).substr(0, std::min(text.find('\n'), text.size()));
-    if (first.find("\"messages\"") != std::string_view::npos) {
-      ASSIGN_OR_RETURN(auto sessions, ReadConversations(text, path, options));
+    if (first.find("\"messages\"") != std::string_view::npos || first.starts_with('[')) {
+      ASSIGN_OR_RETURN(auto sessions, ReadConversations(path, options));
       add(std::move(sessions), &recording.agents);
     } else if (first.starts_with(kAzureHeader)) {
       ASSIGN_OR_RETURN(auto sessions, ReadAzure(text, path));

@@ -85,8 +85,8 @@ struct RecordingOptions {
 };
 
 // Reads files, each recognized by its first line: Mooncake's JSONL (timestamp in ms, input_length,
-// output_length, hash_ids), Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens), or conversations as JSONL
-// (messages, tools, id; pictures as paths). An output of 0 tokens counts as 1. Errors
+// output_length, hash_ids), Azure's CSV (TIMESTAMP,ContextTokens,GeneratedTokens), or conversations
+// (text/conversation_file.h; pictures as paths or data: URLs). An output of 0 tokens counts as 1. Errors
 // name file, line and field.
 Result<Recording> LoadRecording(const std::vector<std::string>& paths, const RecordingOptions& options);
 

@@ -16,7 +16,7 @@ inline constexpr int64_t kMaxRecordedTokens = int64_t{1} << 24;  // of a prompt 
 inline constexpr int64_t kMaxRecordedSeconds = 366 * 86400;      // between a trace's first and last request
 inline constexpr int64_t kMaxHashId = int64_t{1} << 40;
 
-// Calls `line(text, "PATH line N")` for every line that is not blank; stops at the first error.
+// Calls `line(text, "PATH, line N")` for every line that is not blank; stops at the first error.
 Status ForEachLine(std::string_view text, const std::string& path,
                    const std::function<Status(std::string_view line, const std::string& what)>& line);
 
@@ -25,8 +25,11 @@ Result<std::vector<RecordedSession>> ReadMooncake(std::string_view text, const s
 Result<std::vector<RecordedSession>> ReadAzure(std::string_view text, const std::string& path);
 inline constexpr std::string_view kAzureHeader = "TIMESTAMP,ContextTokens,GeneratedTokens";
 
-// Every assistant message but a leading one is a step, whose prompt is the conversation before it.
-Result<std::vector<RecordedSession>> ReadConversations(std::string_view text, const std::string& path,
+// A file of conversations (text/conversation_file.h). Every assistant message but a leading one is a step,
+// whose prompt is the conversation before it. Lines with requests are a step each, and one session where they
+// follow each other: a request's answer is the last one that the next request shows; that of a session's last
+// request is not known and counts as one token.
+Result<std::vector<RecordedSession>> ReadConversations(const std::string& path,
                                                        const RecordingOptions& options);
 
 }  // namespace triaxial

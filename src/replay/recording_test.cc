@@ -4,6 +4,7 @@
 
 #include "io/checkpoint_testing.h"
 #include "replay/recording_readers.h"
+#include "text/tokenizer.h"
 
 namespace triaxial {
 namespace {
@@ -145,6 +146,53 @@ TEST(Recording, EveryAssistantMessageIsAStep) {
   EXPECT_GT(pictures, 0u);
 }
 
+// Requests as an agent with a sliding window sends them: steps of one session, whose answers are what the
+// next request shows.
+TEST(Recording, RequestsThatFollowEachOtherAreOneSession) {
+  const auto request = [](const std::string& id, const std::string& turns) {
+    return R"({"id": ")" + id + R"(", "request": {"messages": [{"role": "user", "content": "go"})" + turns +
+           "]}}\n";
+  };
+  const std::string answer =
+      R"(, {"role": "assistant", "content": "open the window"}, {"role": "user", "content": "on"})";
+  const std::string later =
+      R"(, {"role": "assistant", "content": "close it"}, {"role": "user", "content": "on"})";
+  const std::string conversation =
+      R"({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})"
+      "\n";
+  const auto recording = Load(request("one", "") + request("two", answer) + request("three", later) +
+                              conversation + request("four", ""));
+  ASSERT_TRUE(recording.ok()) << recording.status().message();
+  ASSERT_EQ(recording->agents.size(), 3u);
+  EXPECT_EQ(recording->agents[0].id, "one");
+  EXPECT_EQ(recording->agents[2].id, "four");
+  const std::vector<RecordedRequest>& steps = recording->agents[0].steps;
+  ASSERT_EQ(steps.size(), 3u);
+  const auto tokenizer = Tokenizer::Load("models/pocket-agent");
+  const auto answer_of = [&](const RecordedRequest& step) {
+    return tokenizer->Decode({step.rendered->tokens.end() - step.output_tokens, step.rendered->tokens.end()},
+                             true);
+  };
+  EXPECT_NE(answer_of(steps[0]).find("open the window"), std::string::npos) << answer_of(steps[0]);
+  EXPECT_NE(answer_of(steps[1]).find("close it"), std::string::npos) << answer_of(steps[1]);
+  EXPECT_GE(steps[2].output_tokens, 1);
+  EXPECT_LT(steps[2].output_tokens, steps[1].output_tokens) << "nobody says what was answered";
+  EXPECT_EQ(recording->agents[2].steps.size(), 1u);
+}
+
+// What `serve --record` writes holds pictures as data: URLs.
+TEST(Recording, PicturesMayBeInTheLine) {
+  const std::string tiny =
+      "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAG0lEQVR42u3BgQAAAADDoPlT3+"
+      "AEVQEAAAB8AxBAAAG9PLePAAAAAElFTkSuQmCC";
+  const std::string text =
+      R"({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,)" +
+      tiny + R"("}}]}, {"role": "assistant", "content": "b"}]})";
+  const auto recording = Load(text);
+  ASSERT_TRUE(recording.ok()) << recording.status().message();
+  EXPECT_EQ(recording->agents.at(0).steps.at(0).rendered->pictures.size(), 1u);
+}
+
 TEST(Recording, AnotherRoundSharesTheSystemPrompt) {
   const auto recording = LoadRecording({kAgents}, PocketAgent());
   ASSERT_TRUE(recording.ok());
@@ -184,6 +232,7 @@ TEST(Recording, HostileTracesAreRefused) {
        "line 2"},
       {"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44,1\n", "line 2"},
       {"{\"messages\": 7}\n", "messages"},
+      {"{\"request\": {\"messages\": 7}}\n", "line 1 has no list of messages"},
       {"{\"messages\": []}\n", "line 1"},
       {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n", "no conversation"},
       {"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"pope\", \"content\": "

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 
 #include "base/check.h"
 #include "engine/scheduler.h"
@@ -152,6 +153,7 @@ class Simulation {
       const int32_t prompt = live->arrival.request->prompt_tokens;
       if (item.begin >= prompt) continue;
       sample_.prefilled += item.count;
+      result_.prefilled_tokens += std::min(item.count, prompt - item.begin);
       if (live->has_pictures) work_.picture_tokens += PictureTokens(*live, item.begin, item.count);
     }
   }
@@ -186,6 +188,23 @@ class Simulation {
     tail_bytes_ += seconds * static_cast<double>(usage.tail_bytes);
     tail_tokens_ += seconds * static_cast<double>(usage.tail_tokens);
     for (size_t f = 0; f < kFormats; ++f) tokens_[f] += seconds * static_cast<double>(usage.tokens[f]);
+    const double needed = NeededByBlocks(usage);
+    needed_bytes_ += seconds * needed;
+    const int64_t given_up = cache_.evictions() + scheduler_.preemptions();
+    if (std::exchange(given_up_, given_up) == given_up) return;
+    short_seconds_ += seconds;
+    filled_bytes_ += seconds * (needed + static_cast<double>(usage.tail_bytes));
+  }
+
+  // The sum of bytes that the tokens of complete blocks ask for, each at its format.
+  double NeededByBlocks(const KvUsage& usage) const {
+    double bytes = 0;
+    for (size_t f = 0; f < kFormats; ++f) {
+      const auto format = static_cast<Format>(f);
+      const int64_t tokens = usage.tokens[f] - (format == Format::kBf16 ? usage.tail_tokens : 0);
+      bytes += static_cast<double>(tokens * BlockBytes(options_.geometry, format)) / kBlockTokens;
+    }
+    return bytes;
   }
 
   // The step gave the sequence a token if it reached its last one.
@@ -246,12 +265,11 @@ class Simulation {
     std::sort(r.tpot.begin(), r.tpot.end());
     if (options_.distortion && r.finished > 0) r.predicted_loss = loss_ / static_cast<double>(r.finished);
 
-    double tokens = 0, needed = 0;  // by complete blocks, exactly
-    for (size_t f = 0; f < kFormats; ++f) {
-      tokens += tokens_[f];
-      const double of_blocks = tokens_[f] - (static_cast<Format>(f) == Format::kBf16 ? tail_tokens_ : 0);
-      needed += of_blocks * static_cast<double>(BlockBytes(g, static_cast<Format>(f))) / kBlockTokens;
-    }
+    const auto memory = static_cast<double>(cache_.total_rows() * row_bytes_);
+    if (short_seconds_ > 0) r.filled = filled_bytes_ / (short_seconds_ * memory);
+
+    double tokens = 0;
+    for (const double of_format : tokens_) tokens += of_format;
     if (tokens <= 0) return std::move(r);
     for (size_t f = 0; f < kFormats; ++f) r.share_of_tokens[f] = tokens_[f] / tokens;
     const double block_bytes = used_bytes_ - tail_bytes_;
@@ -260,11 +278,10 @@ class Simulation {
     r.effective_bits = 8 * used_bytes_ / (tokens * elements_per_token);
     if (block_tokens > 0) r.block_bits = 8 * block_bytes / (block_tokens * elements_per_token);
     // Below a millionth it is the rounding of these sums.
-    const double lost = block_bytes > 0 ? 1 - needed / block_bytes : 0;
+    const double lost = block_bytes > 0 ? 1 - needed_bytes_ / block_bytes : 0;
     r.rounding_loss = lost > 1e-6 ? lost : 0;
     r.tail_share = tail_bytes_ / used_bytes_;
-    r.capacity_tokens =
-        std::llround(static_cast<double>(cache_.total_rows() * row_bytes_) * tokens / used_bytes_);
+    r.capacity_tokens = std::llround(memory * tokens / used_bytes_);
     return std::move(r);
   }
 
@@ -300,9 +317,13 @@ class Simulation {
   // Integrals over time.
   double running_seconds_ = 0;
   double used_bytes_ = 0;
+  double needed_bytes_ = 0;  // by tokens of complete blocks
   double tail_bytes_ = 0;
   double tail_tokens_ = 0;
   std::array<double, kFormats> tokens_{};
+  double filled_bytes_ = 0;  // needed and of tails, in steps that gave something up
+  double short_seconds_ = 0;
+  int64_t given_up_ = 0;
   int64_t peak_rows_ = 0;
   double looked_up_ = 0;
   double found_ = 0;

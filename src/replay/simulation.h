@@ -53,7 +53,11 @@ struct SimulationResult {
   double effective_bits = 0;  // metadata and tails included
   double block_bits = 0;      // of complete blocks alone
   double rounding_loss = 0;   // share of the bytes of complete blocks that no token needs
-  double tail_share = 0;      // of all bytes in use, that are BF16 tails
+  // Share of the KV memory that the formats of what is stored ask for, tails included, in the steps that had
+  // to drop blocks or preempt: the rest is lost to rounding, to free rows between blocks and to the room that
+  // the scheduler keeps. nullopt: there was none.
+  std::optional<double> filled;
+  double tail_share = 0;  // of all bytes in use, that are BF16 tails
   std::array<double, kFormats> share_of_tokens{};
   int64_t capacity_tokens = 0;  // that would fill the KV memory at this mix
   double mean_running = 0;
@@ -61,8 +65,9 @@ struct SimulationResult {
   double peak_usage = 0;    // share of the KV memory in use, at its highest
   int64_t peak_tokens = 0;  // in the cache
 
-  double hit_rate = 0;    // share of looked-up prompt tokens that were found
-  int64_t demotions = 0;  // of blocks, for age, pressure or budget
+  double hit_rate = 0;           // share of looked-up prompt tokens that were found, when first admitted
+  int64_t prefilled_tokens = 0;  // prompt tokens that were computed, again after a preemption too
+  int64_t demotions = 0;         // of blocks, for age, pressure or budget
   std::array<int64_t, kCauses> demotions_by_cause{};
   int64_t evictions = 0;
   int64_t preemptions = 0;

@@ -119,6 +119,8 @@ TEST(Simulation, TooLittleMemoryCostsTimeButNoRequest) {
   EXPECT_EQ(scarce.finished, 40);
   EXPECT_GT(scarce.seconds, plenty.seconds);
   EXPECT_LT(scarce.mean_running, plenty.mean_running);
+  EXPECT_EQ(plenty.prefilled_tokens, plenty.prompt_tokens);
+  EXPECT_GT(scarce.prefilled_tokens, scarce.prompt_tokens) << "what was preempted is computed again";
 }
 
 TEST(Simulation, WhatCannotFitIsRefusedOrFails) {
@@ -166,6 +168,41 @@ TEST(Simulation, CapacityIsTheSumOfBytesForEveryMix) {
               1.03 * static_cast<double>(options.kv_bytes))
         << tenths;
   }
+}
+
+// The same on a real trace, where a priced policy's budget makes the mix and evictions scatter what is free.
+TEST(Simulation, ATraceFillsTheMemoryWhateverTheMix) {
+  const auto recording = LoadRecording({kMooncake}, {});
+  ASSERT_TRUE(recording.ok());
+  const auto priced =
+      ParsePolicy(Json::parse(R"({"version": 1, "name": "priced", "price": 1e-12, "distortion": {
+      "*/*/inst": {"k2v2": 4e-3, "k4v2": 2e-3, "k4v4": 1e-9}, "*/*/user": {"k2v2": 3e-3, "k4v2": 1.5e-3, "k4v4": 1e-9},
+      "*/*/*": {"k2v2": 1e-3, "k4v2": 5e-4, "k4v4": 1e-9}}})"),
+                  "priced");
+  ASSERT_TRUE(priced.ok()) << priced.status().message();
+  double last = 16;
+  for (const double budget : {4.25, 3.75, 3.25, 2.75, 2.25}) {
+    SimulationOptions options = Options("bf16", 128 << 20);
+    options.policy = *priced;
+    options.budget_bits = budget;
+    const SimulationResult result = Replay(*recording, options, {.requests = 120});
+    ASSERT_TRUE(result.filled.has_value()) << budget;
+    EXPECT_GE(*result.filled, 0.97) << budget;
+    EXPECT_LE(*result.filled, 1) << budget;
+    EXPECT_LE(result.rounding_loss, 0.03) << budget;
+    EXPECT_LE(result.block_bits, budget + 0.15);
+    EXPECT_LE(result.block_bits, last);
+    last = result.block_bits;
+    EXPECT_EQ(result.finished, 120) << budget;
+  }
+}
+
+TEST(Simulation, MemoryThatSufficesWasNeverShort) {
+  Recording recording;
+  recording.trace = {Request(0, 100, 3)};
+  const SimulationResult result = Replay(recording, Options("bf16", 64 << 20));
+  EXPECT_FALSE(result.filled.has_value());
+  EXPECT_EQ(result.prefilled_tokens, 100);
 }
 
 TEST(Simulation, AgentsTakeTurns) {

@@ -1,5 +1,8 @@
 #include "serve/api.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <optional>
@@ -131,7 +134,19 @@ class ApiServerImpl : public ApiServer {
 
   void Kv(Call&& call) { SendJson(KvSnapshotJson(engine_->Snapshot()), call.responder.get()); }
 
+  // Counting everything holds up the engine, so where there are keys no tenant may ask for it all the time.
   void KvCheck(Call&& call) {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    std::chrono::nanoseconds::rep next = next_check_.load();
+    const bool limited = !keys_.empty();
+    if (limited &&
+        (now.count() < next || !next_check_.compare_exchange_strong(next, (now + kBetweenChecks).count()))) {
+      const auto left = std::chrono::ceil<std::chrono::seconds>(std::chrono::nanoseconds(next) - now);
+      return SendError(
+          ResourceExhausted(fmt::format("the cache is checked at most once in {} s; come again later",
+                                        kBetweenChecks.count())),
+          call.responder.get(), std::max(1, static_cast<int>(left.count())));
+    }
     const Status integrity = engine_->CheckIntegrity();
     SendJson({{"ok", integrity.ok()}, {"error", integrity.ok() ? Json(nullptr) : Json(integrity.message())}},
              call.responder.get());
@@ -191,6 +206,7 @@ class ApiServerImpl : public ApiServer {
   }
 
   static constexpr std::string_view kKvOfAnswer = "/v1/kv/";
+  static constexpr std::chrono::seconds kBetweenChecks{10};
 
   const ServedModel model_;
   std::unique_ptr<Engine> engine_;
@@ -203,6 +219,7 @@ class ApiServerImpl : public ApiServer {
   const AnswerContext context_;
   const int64_t created_;
   std::unique_ptr<HttpServer> http_;
+  std::atomic<std::chrono::nanoseconds::rep> next_check_{0};
   std::atomic<bool> ready_{false};
   std::atomic<bool> draining_{false};
   std::atomic<bool> stopped_{false};

@@ -18,6 +18,7 @@ Result<std::vector<std::string>> LoadApiKeys(const std::string& path);
 class ApiKeys {
  public:
   explicit ApiKeys(const std::vector<std::string>& keys);
+  bool empty() const { return tenants_.empty(); }
   // The tenant behind an Authorization header: a name that follows from the key and does not give it away,
   // the same in every run; "" for everybody where there are no keys. Nothing for a missing or wrong key.
   std::optional<std::string> Tenant(std::string_view authorization) const;

@@ -251,15 +251,25 @@ TEST_F(ApiTest, TheBlocksOfAnAnswerAreShownToWhoAskedForIt) {
 }
 
 TEST_F(ApiTest, TheCacheIsCountedOnDemand) {
-  ApiOptions options;
-  options.api_keys = {"one"};
-  Serve(std::move(options));
-  EXPECT_EQ(Ask("POST", "/v1/kv/check").status, 401);
-  EXPECT_EQ(Ask("POST", "/v1/kv/check", "", "one").json(), (Json{{"ok", true}, {"error", nullptr}}));
+  Serve({});
+  EXPECT_EQ(Ask("POST", "/v1/kv/check").json(), (Json{{"ok", true}, {"error", nullptr}}));
   engine_->integrity = Internal("block 3 lies in two places");
-  const Answer answer = Ask("POST", "/v1/kv/check", "", "one");
+  const Answer answer = Ask("POST", "/v1/kv/check");
   EXPECT_EQ(answer.status, 200);
   EXPECT_EQ(answer.json(), (Json{{"ok", false}, {"error", "block 3 lies in two places"}}));
+}
+
+TEST_F(ApiTest, TenantsCannotKeepTheEngineCounting) {
+  ApiOptions options;
+  options.api_keys = {"one", "two"};
+  Serve(std::move(options));
+  EXPECT_EQ(Ask("POST", "/v1/kv/check").status, 401);
+  EXPECT_EQ(Ask("POST", "/v1/kv/check", "", "one").status, 200);
+  const Answer again = Ask("POST", "/v1/kv/check", "", "two");
+  EXPECT_EQ(again.status, 429);
+  const int seconds = again.json()["error"]["retry_after_seconds"].get<int>();
+  EXPECT_GE(seconds, 1);
+  EXPECT_LE(seconds, 10);
 }
 
 TEST_F(ApiTest, RecordsWhatFinishedAndNothingElse) {

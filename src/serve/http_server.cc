@@ -181,7 +181,8 @@ class ServerImpl : public HttpServer {
     const tcp::endpoint endpoint(address, options_.port);
     const auto failed = [&](const char* what) {
       return Unavailable("cannot " + std::string(what) + " " + options_.host + ":" +
-                         std::to_string(options_.port) + ": " + error.message() + "; choose another --port");
+                         std::to_string(options_.port) + ": " + error.message() +
+                         "; choose another --host or --port");
     };
     if (acceptor_.open(endpoint.protocol(), error)) return failed("open");
     acceptor_.set_option(tcp::acceptor::reuse_address(true), error);

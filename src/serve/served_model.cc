@@ -9,6 +9,12 @@
 namespace triaxial {
 
 Result<ServedModel> LoadServedModel(const std::string& directory, const std::string& tokenizer_directory) {
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(directory, ignored)) {
+    return NotFound(directory +
+                    " is no directory; give a checkpoint as Hugging Face has it, with config.json, "
+                    "tokenizer.json and weights");
+  }
   ServedModel model;
   model.directory = directory;
   model.name = std::filesystem::path(directory).lexically_normal().filename().string();

@@ -118,17 +118,27 @@ class RecordTest(unittest.TestCase):
             answers = [server.chat(**body)[1]["choices"][0]["message"], server.chat(messages=USER, max_tokens=3)[1]
                        ["choices"][0]["message"]]
             self.assertEqual(server.chat(messages=USER, temperature="hot")[0], 400)
+            # Clients send answers back without their thoughts.
+            sent_back = {key: answers[0][key] for key in ("role", "content", "tool_calls") if key in answers[0]}
+            more = {"role": "user", "content": "Go on."}
+            grown = server.chat(messages=case["messages"] + [sent_back, more], tools=case["tools"], max_tokens=20)
+            answers.append(grown[1]["choices"][0]["message"])
             server.stop()
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file]
-            self.assertEqual([line["messages"][-1] for line in lines], answers)
-            self.assertEqual(lines[0]["messages"][:-1], case["messages"])
-            self.assertEqual(lines[0]["tools"], case["tools"])
-            self.assertNotIn("tools", lines[1])
-            tagged = json.loads(subprocess.run([BINARY, "tag", path, "--line", "1", "--json"], capture_output=True,
+            self.assertEqual(len(lines), 2, "a conversation that grew is one line")
+            self.assertEqual(lines[0]["messages"], USER + [answers[1]])
+            self.assertNotIn("tools", lines[0])
+            self.assertEqual(lines[1]["messages"], case["messages"] + [answers[0], more, answers[2]], "thoughts included")
+            self.assertEqual(lines[1]["tools"], case["tools"])
+            tagged = json.loads(subprocess.run([BINARY, "tag", path, "--line", "2", "--json"], capture_output=True,
                                                check=True, timeout=60).stdout)
             self.assertTrue(any("/image/" in span["tag"] for span in tagged["spans"]))
+            replayed = json.loads(subprocess.run([BINARY, "replay", "--trace", path, "--device", "cpu", "--agents", "2",
+                                                  "--json"], capture_output=True, check=True, timeout=60).stdout)
+            answered = sum(message["role"] == "assistant" for line in lines for message in line["messages"])
+            self.assertEqual(replayed["policies"][0]["finished"], answered)
 
     def test_options_that_make_no_sense(self):
         for args, mentions in ((("--record", "/nowhere/chats.jsonl"), "/nowhere/chats.jsonl"),
@@ -136,6 +146,7 @@ class RecordTest(unittest.TestCase):
                                (("--record-bytes", "1M"), "--record"),
                                (("--record", "x.jsonl", "--record-bytes", "much"), "--record-bytes"),
                                (("--kv-disk-bytes", "1G"), "--kv-disk-dir"),
+                               (("--kv-disk-dir", "sessions", "--kv-disk-bytes", "0"), "--kv-disk-bytes"),
                                (("--kv-host-bytes", "much"), "--kv-host-bytes"),
                                (("--kv-budget-bits", "3"), "--kv-budget-bits"),
                                (("--kv-budget-bits", "-1"), "--kv-budget-bits"),
@@ -147,6 +158,29 @@ class RecordTest(unittest.TestCase):
                                         timeout=60, check=False)
             self.assertNotEqual(result.returncode, 0, args)
             self.assertIn(mentions, result.stderr, args)
+
+
+class CommandLineTest(unittest.TestCase):
+    def test_mistakes_are_told_in_one_sentence(self):
+        episodes = "models/pocket-agent/episodes/heldout.jsonl"
+        for args, status, mentions in (((), 2, "triaxial --help"),
+                                       (("sing",), 2, "no command 'sing'"),
+                                       (("policy", "sing"), 2, "triaxial policy: there is no command 'sing'"),
+                                       (("serve", "--bogus"), 2, "--bogus"),
+                                       (("serve", "--port", "many"), 2, "--port"),
+                                       (("serve", "--model", "/nowhere"), 1, "/nowhere is no directory"),
+                                       (("tag", "--line", "2", "--prompt", "a"), 2, "--line requires"),
+                                       (("tag", episodes), 1, "choose one with --line"),
+                                       (("tag", episodes, "--line", "15"), 1, episodes + ", line 15"),
+                                       (("generate", "--messages", episodes, "--line", "1", "--image", "a.png"), 2, "--image"),
+                                       (("demo", "--html", "/nowhere/page.html"), 1, "/nowhere"),
+                                       (("replay", "--trace", episodes, "--kv-budget-bits", "3"), 1, "--kv-budget-bits"),
+                                       (("replay", "--trace", "tests/data/text/trajectories.jsonl"), 1, "--images")):
+            result = subprocess.run([BINARY, *args], capture_output=True, text=True, timeout=60, check=False)
+            self.assertEqual(result.returncode, status, args)
+            self.assertIn(mentions, result.stderr)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+            self.assertEqual(result.stdout, "")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ TEST(RecordedSteps, BadFilesGetAnAnswer) {
   };
   const auto message = [](const Status& status) { return status.message(); };
   EXPECT_NE(message(load("").status()).find("holds no conversation"), std::string::npos);
-  EXPECT_NE(message(load("{}\n").status()).find("line 1 is no conversation"), std::string::npos);
+  EXPECT_NE(message(load("{}\n").status()).find("line 1 has no list of messages"), std::string::npos);
   EXPECT_NE(message(load("\n\n{]\n").status()).find("line 3"), std::string::npos);
   EXPECT_FALSE(LoadRecorded("no-such-file.jsonl", "", 0).ok());
   const auto prepare = [&](const std::string& text) {
@@ -81,7 +81,8 @@ TEST(RecordedSteps, BadFilesGetAnAnswer) {
   };
   EXPECT_NE(prepare(R"({"messages": [{"role": "user", "content": "a"}]})").find("says nothing"),
             std::string::npos);
-  EXPECT_NE(prepare(R"({"messages": 3, "id": "x"})").find("(x)"), std::string::npos);
+  EXPECT_NE(message(load(R"({"messages": 3, "id": "x"})").status()).find("line 1"), std::string::npos);
+  EXPECT_NE(prepare(R"({"messages": [{"role": "pope"}], "id": "x"})").find("(x)"), std::string::npos);
   EXPECT_NE(
       prepare(
           R"({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "no.png"}}]},)"

@@ -85,7 +85,8 @@ TEST(KvCodecGolden, BytesEqualTheReference) {
     const Format f = *ParseFormat(c["format"].get<std::string>());
     const int tokens = c["tokens"].get<int>();
     const uint64_t seed = c["seed"].get<uint64_t>();
-    const ClipRatios clip{c["clip_k2"].get<float>(), c["clip_v2"].get<float>()};
+    const ClipRatios clip{c["clip_k2"].get<float>(), c["clip_v2"].get<float>(), c.value("gain_k2", 1.0f),
+                          c.value("gain_v2", 1.0f)};
     const auto k = Draw(c["distribution"].get<std::string>(), seed, tokens, g.head_dim);
     const auto v = Draw(c["distribution"].get<std::string>(), seed + 1, tokens, g.head_dim);
     const int capacity = c.value("capacity", kBlockTokens);

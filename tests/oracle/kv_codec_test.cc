@@ -82,7 +82,8 @@ TEST_P(KvCodecOracle, EncodesAndDecodesTheSameBits) {
     const int tokens = round % 3 == 0 ? room : static_cast<int>(rng() % static_cast<uint32_t>(room)) + 1;
     const int64_t row_stride = g.head_dim + static_cast<int64_t>(rng() % 3) * 17;
     const std::array<float, 4> ratios = {1.0f, 0.96f, 0.9f, kMinClip};
-    const ClipRatios clip{ratios[rng() % 4], ratios[rng() % 4]};
+    const std::array<float, 4> gains = {1.0f, 1.05f, 1.15f, kMaxGain};
+    const ClipRatios clip{ratios[rng() % 4], ratios[rng() % 4], gains[rng() % 4], gains[rng() % 4]};
     // The values of the last row end the vector, so that reading past it is caught by the sanitizers.
     std::vector<float> x[2];
     for (auto& side : x) {

@@ -33,20 +33,20 @@ def stored(codec, side, bits, clip, x):
     out = np.empty(x.shape, dtype=np.float64)
     quantize = codec_reference.quantize
 
-    def back(part, axis, ratio):
-        codes, scale, minimum = quantize(part, axis, bits, ratio)
+    def back(part, axis, ratio=(1.0, 1.0)):
+        codes, scale, minimum = quantize(part, axis, bits, *ratio)
         return np.expand_dims(minimum.astype(float), axis) + np.expand_dims(scale.astype(float), axis) * codes
 
     for begin in range(0, len(x), 64):
         block = x[begin : begin + 64] + np.float32(0)
         if codec == "rotated":
-            out[begin : begin + 64] = back(block, 1, clip if bits == 2 else 1.0)
+            out[begin : begin + 64] = back(block, 1, clip if bits == 2 else (1.0, 1.0))
         elif side == "k" and bits == 2:
             for group in range(0, len(block), 32):
-                out[begin + group : begin + min(group + 32, len(block))] = back(block[group : group + 32], 0, 1.0)
+                out[begin + group : begin + min(group + 32, len(block))] = back(block[group : group + 32], 0)
         else:
             parts = block.reshape(len(block), -1, 32)
-            out[begin : begin + 64] = back(parts, 2, 1.0).reshape(block.shape)
+            out[begin : begin + 64] = back(parts, 2).reshape(block.shape)
     return out
 
 
@@ -118,7 +118,7 @@ def check(directory, count, seed):
             return np.fromfile(directory / f"{name}.{layer}.f32", dtype="<f4").reshape(n, width, dim)
 
         errors = head_errors(read("q", heads), read("k", kv_heads), read("v", kv_heads), dump["codec"],
-                             (dump["clip_k2"], dump["clip_v2"]), {tag: masks[tag] for tag in tags}, formats)
+                             ((dump["clip_k2"], dump["gain_k2"]), (dump["clip_v2"], dump["gain_v2"])), {tag: masks[tag] for tag in tags}, formats)
         for tag in tags:
             for f in formats:
                 total[tag][f] += over_heads(errors[tag][f]) / n

@@ -47,7 +47,7 @@ def draw(distribution, seed, tokens, head_dim):
     raise ValueError(distribution)
 
 
-def quantize(x, axis_groups, bits, clip):
+def quantize(x, axis_groups, bits, clip, gain=1.0):
     """x: [groups..., members] sanitized. Codes uint8, scale and minimum float16 per group."""
     levels = F32((1 << bits) - 1)
     lo, hi = x.min(axis=axis_groups), x.max(axis=axis_groups)
@@ -57,13 +57,17 @@ def quantize(x, axis_groups, bits, clip):
     minimum = lo.astype(np.float16)
     with np.errstate(divide="ignore"):
         inverse = np.where(scale == 0, F32(0), F32(1) / scale.astype(F32)).astype(F32)
-    steps = (x - np.expand_dims(minimum.astype(F32), axis_groups)) * np.expand_dims(inverse, axis_groups)
+    inverse = inverse * F32(gain)
+    origin = minimum.astype(F32) + scale.astype(F32) * (levels * F32(0.5) * (F32(1) - F32(1) / F32(gain)))
+    steps = (x - np.expand_dims(origin, axis_groups)) * np.expand_dims(inverse, axis_groups)
     assert steps.dtype == F32 and trim.dtype == F32
     codes = np.rint(np.clip(steps, F32(0), levels)).astype(np.uint8)
 
-    # What the format promises, in float64: half a step from the value or from the nearer end of the range.
+    # What the format promises, in float64: half a step from the value, amplified about the range's centre, or from the
+    # nearer end of the range.
     step, base = np.expand_dims(scale, axis_groups).astype(float), np.expand_dims(minimum, axis_groups).astype(float)
-    target = np.clip(x.astype(float), base, base + step * float(levels))
+    centre = base + step * float(levels) / 2
+    target = np.clip(centre + (x.astype(float) - centre) * gain, base, base + step * float(levels))
     assert np.all(np.abs(base + step * codes - target) <= step * (0.5 + 1e-5) + 1e-6 * np.abs(target))
     return codes, scale, minimum
 
@@ -87,7 +91,7 @@ def quantize_fp8(x):
     return (codes | np.where(np.signbit(y), 0x80, 0)).astype(np.uint8), scale
 
 
-def encode_side(codec, side, bits, clip, x, tokens, head_dim, capacity):
+def encode_side(codec, side, bits, clip, gain, x, tokens, head_dim, capacity):
     """Bytes of one side; x: [tokens, head_dim]; capacity is that of a BF16 block."""
     if bits == 16:
         word = x.view(np.uint32)
@@ -105,7 +109,7 @@ def encode_side(codec, side, bits, clip, x, tokens, head_dim, capacity):
         scale, minimum = np.zeros((2, TOKENS), dtype="<f2")
         scale[:tokens] = s
     elif codec == "rotated":
-        codes[:tokens], s, m = quantize(x, 1, bits, clip if bits == 2 else 1.0)
+        codes[:tokens], s, m = quantize(x, 1, bits, *((clip, gain) if bits == 2 else (1.0, 1.0)))
         scale, minimum = np.zeros((2, TOKENS), dtype="<f2")
         scale[:tokens], minimum[:tokens] = s, m
     elif side == "k" and bits == 2:
@@ -140,8 +144,8 @@ def encode(case):
     out = b""
     for i, side in enumerate("kv"):
         x = draw(case["distribution"], case["seed"] + i, tokens, head_dim)
-        out += encode_side(case["codec"], side, BITS[case["format"]][i], case["clip_" + side + "2"], x, tokens, head_dim,
-                           case.get("capacity", TOKENS))
+        out += encode_side(case["codec"], side, BITS[case["format"]][i], case["clip_" + side + "2"],
+                           case.get("gain_" + side + "2", 1.0), x, tokens, head_dim, case.get("capacity", TOKENS))
     return out
 
 
@@ -188,6 +192,12 @@ def main():
             seed += 2
             add(False, codec="rotated", format="bf16", head_dim=head_dim, tokens=tokens, capacity=capacity, clip_k2=1.0,
                 clip_v2=1.0, distribution="bits" if tokens == 17 else "uniform", seed=seed)
+    for head_dim in (64, 128):
+        for fmt in ("k2v2", "k4v2"):
+            for i, distribution in enumerate(("uniform",) + others):
+                seed += 2
+                add(False, codec="rotated", format=fmt, head_dim=head_dim, tokens=(64, 33)[i % 2], clip_k2=(0.7, 0.66)[i % 2],
+                    clip_v2=0.75, gain_k2=(1.15, 2.0)[i % 2], gain_v2=1.1, distribution=distribution, seed=seed)
     transforms = []
     for head_dim in (64, 128):
         for distribution in ("uniform", "outliers", "tiny"):

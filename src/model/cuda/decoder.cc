@@ -161,9 +161,8 @@ void Decoder::Upload() {
 void Decoder::Reserve(int64_t rows, int64_t logits_rows) {
   logits_rows = std::min(logits_rows, kLogitsChunk);
   if (rows > reserved_rows_ || logits_rows > reserved_logits_) DropGraphs();
-  reserved_rows_ = std::max(rows, reserved_rows_);
-  reserved_logits_ = std::max(logits_rows, reserved_logits_);
-  rows = reserved_rows_;
+  rows = std::max(rows, reserved_rows_);
+  logits_rows = std::max(logits_rows, reserved_logits_);
   const int64_t width = config_.hidden_size;
   const int64_t q_width = int64_t{config_.num_heads} * config_.head_dim;
   const int64_t qkv_width = q_width + int64_t{2} * config_.num_kv_heads * config_.head_dim;
@@ -176,9 +175,11 @@ void Decoder::Reserve(int64_t rows, int64_t logits_rows) {
   attended_.Reserve<uint16_t>(rows * q_width);
   gate_up_.Reserve<uint16_t>(rows * 2 * config_.intermediate_size);
   inner_.Reserve<uint16_t>(rows * config_.intermediate_size);
-  logits_.Reserve<float>(reserved_logits_ * config_.vocab_size);
-  sampled_.Reserve<int32_t>(std::max(reserved_rows_, reserved_logits_));
-  download_.Reserve(static_cast<size_t>(std::max(reserved_rows_, reserved_logits_)) * sizeof(int32_t));
+  logits_.Reserve<float>(logits_rows * config_.vocab_size);
+  sampled_.Reserve<int32_t>(std::max(rows, logits_rows));
+  download_.Reserve(static_cast<size_t>(std::max(rows, logits_rows)) * sizeof(int32_t));
+  reserved_rows_ = rows;  // only once everything is there
+  reserved_logits_ = logits_rows;
 }
 
 void Decoder::PlanAttention(const Batch& batch) {
@@ -384,7 +385,9 @@ void Decoder::Tune(int64_t rows) {
 void Decoder::DropGraphs() {
   if (graphs_.empty()) return;
   cudaStreamSynchronize(stream_);
-  for (const auto& [rows, graph] : graphs_) cudaGraphExecDestroy(graph);
+  for (const auto& [rows, graph] : graphs_) {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);  // null: its capture failed
+  }
   graphs_.clear();
 }
 

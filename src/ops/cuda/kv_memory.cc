@@ -15,6 +15,9 @@ Result<std::unique_ptr<KvMemory>> CudaKvMemory::Create(const KvGeometry& geometr
   const auto size = static_cast<size_t>(memory->layer_bytes_ * geometry.num_layers);
   try {
     memory->bytes_.Reserve(size);
+    // A move that found no memory would leave a compaction half done.
+    memory->moved_.Reserve(
+        static_cast<size_t>(UnitsOf(geometry, Format::kBf16) * UnitRowBytes(geometry) * geometry.num_layers));
     CUDA_OK(cudaMemsetAsync(memory->bytes_.data(), 0, size, stream));
   } catch (const OutOfDeviceMemory&) {
     return ResourceExhausted("the GPU has no " + std::to_string(size) +

@@ -38,9 +38,9 @@ struct Cache {
                   int64_t{head} * HeadSize(codec, head_dim, f, capacity);
     return side == Side::kK ? at : at + SideSize(codec, head_dim, Bits(f, Side::kK), capacity);
   }
-  __device__ float ClipOf(Side side, int bits) const {
-    if (codec != Codec::kRotated || bits != 2) return 1.0f;
-    return side == Side::kK ? clip.k2 : clip.v2;
+  __device__ SideClip ClipOf(Side side, int bits) const {
+    if (codec != Codec::kRotated || bits != 2) return {1.0f, 1.0f};
+    return side == Side::kK ? SideClip{clip.k2, clip.k2_gain} : SideClip{clip.v2, clip.v2_gain};
   }
 };
 
@@ -136,18 +136,21 @@ __device__ Fit FitFp8(float lo, float hi) {
   return {__float2half_rn(__fdiv_rn(fmaxf(hi, -lo), 448.0f)), __float2half_rn(0.0f)};
 }
 
-// Scales and minima of a complete side, into its metadata and, as inverse and minimum, into the tile.
+// Scales and minima of a complete side, into its metadata and, as what codes are made with, into the tile.
 template <int kDim>
-__device__ void FitSide(Codec codec, Side side, int bits, float clip, Tile<kDim>* tile, uint8_t* out) {
+__device__ void FitSide(Codec codec, Side side, int bits, const SideClip& clip, Tile<kDim>* tile,
+                        uint8_t* out) {
+  const float offset = __fmul_rn(__fmul_rn(static_cast<float>((1 << bits) - 1), 0.5f),
+                                 __fsub_rn(1.0f, __fdiv_rn(1.0f, clip.gain)));
   const auto put = [&](int group, float lo, float hi) {
-    const Fit fit = bits == 8 ? FitFp8(lo, hi) : FitGroup(lo, hi, bits, clip);
+    const Fit fit = bits == 8 ? FitFp8(lo, hi) : FitGroup(lo, hi, bits, clip.ratio);
     const ElementPlace e = MemberOf<kDim>(codec, side, bits, group);
     const MetaPlace meta = PlaceOfScale(codec, kDim, bits, side, e.token, e.channel);
     *reinterpret_cast<__half*>(out + meta.scale) = fit.scale;
     *reinterpret_cast<__half*>(out + meta.minimum) = fit.minimum;
     const float scale = __half2float(fit.scale);
-    tile->scale[group] = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale);
-    tile->minimum[group] = __half2float(fit.minimum);
+    tile->scale[group] = __fmul_rn(scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale), clip.gain);
+    tile->minimum[group] = __fadd_rn(__half2float(fit.minimum), __fmul_rn(scale, offset));
   };
   if (codec == Codec::kRotated || bits == 8) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -185,7 +188,7 @@ __device__ void FitSide(Codec codec, Side side, int bits, float clip, Tile<kDim>
 // Writes a side from a tile that is complete and synchronized: 64 tokens, or, at 16 bits, the first `tokens`
 // and zeros up to the capacity.
 template <int kDim>
-__device__ void WriteSide(Codec codec, Side side, int bits, int capacity, int tokens, float clip,
+__device__ void WriteSide(Codec codec, Side side, int bits, int capacity, int tokens, const SideClip& clip,
                           Tile<kDim>* tile, uint8_t* out) {
   if (bits != 16) {
     FitSide(codec, side, bits, clip, tile, out);
@@ -287,21 +290,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Both sides of a head are read before either is written: in place, they may change places.
+// Bytes of a side to or from a tile, as they are.
+__device__ void CopyBytes(const void* from, int bytes, void* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < bytes / 16; i += kThreads) {
+    static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+  }
+}
+
+// Both sides of a head are read before either is written: in place, they may change places. A side whose bits
+// stay is copied: encoded again, a clipped range would be clipped again.
 template <int kDim>
 __device__ void ConvertHead(const Cache& cache, const KvConvert& convert, int layer, int head,
                             Tile<kDim>* tiles) {
+  const auto bytes_if_kept = [&](Side side) {
+    const int bits = Bits(convert.from, side);
+    return bits == Bits(convert.to, side) ? SideSize(cache.codec, kDim, bits, kBlockTokens) : 0;
+  };
   for (const Side side : {Side::kK, Side::kV}) {
-    ReadSide(cache.codec, side, Bits(convert.from, side), kBlockTokens, kBlockTokens,
-             cache.SideOf(layer, convert.from_row, kDim, head, convert.from, kBlockTokens, side),
-             &tiles[static_cast<int>(side)]);
+    const uint8_t* in = cache.SideOf(layer, convert.from_row, kDim, head, convert.from, kBlockTokens, side);
+    Tile<kDim>* tile = &tiles[static_cast<int>(side)];
+    if (const int bytes = bytes_if_kept(side); bytes > 0) {
+      CopyBytes(in, bytes, tile);
+    } else {
+      ReadSide(cache.codec, side, Bits(convert.from, side), kBlockTokens, kBlockTokens, in, tile);
+    }
   }
   __syncthreads();
   for (const Side side : {Side::kK, Side::kV}) {
+    uint8_t* out = cache.SideOf(layer, convert.to_row, kDim, head, convert.to, kBlockTokens, side);
+    Tile<kDim>* tile = &tiles[static_cast<int>(side)];
+    if (const int bytes = bytes_if_kept(side); bytes > 0) {
+      CopyBytes(tile, bytes, out);
+      continue;
+    }
     const int bits = Bits(convert.to, side);
-    WriteSide(cache.codec, side, bits, kBlockTokens, kBlockTokens, cache.ClipOf(side, bits),
-              &tiles[static_cast<int>(side)],
-              cache.SideOf(layer, convert.to_row, kDim, head, convert.to, kBlockTokens, side));
+    WriteSide(cache.codec, side, bits, kBlockTokens, kBlockTokens, cache.ClipOf(side, bits), tile, out);
   }
   __syncthreads();
 }

@@ -2,10 +2,10 @@
 // step.
 //
 // A thread block owns 128 queries (rows and heads of a group) of a KV head and walks over tiles of 64 tokens,
-// in three steps that follow each other through shared memory. One warp copies blocks as they are stored. Two
-// warpgroups expand them to FP16 tiles (prefill_tiles.cuh), one the keys, one the values, once for all 128
-// queries. Two others, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers; the
-// scores of a tile are computed while the values of the one before are multiplied.
+// in three steps that follow each other through shared memory. Bulk copies bring blocks as they are stored.
+// Two warpgroups expand them to FP16 tiles (prefill_tiles.cuh), one the keys, one the values, once for all
+// 128 queries. Two others, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers;
+// the scores of a tile are computed while the values of the one before are multiplied.
 #include "ops/cuda/device.h"
 #include "ops/cuda/prefill_attention_sm90.h"
 #include "ops/cuda/prefill_tiles.cuh"
@@ -14,7 +14,7 @@
 namespace triaxial::cuda {
 namespace {
 
-constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 3;
+constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 4;
 constexpr int kThreads = 4 * 128;
 
 template <int kDim>
@@ -108,29 +108,36 @@ __device__ __noinline__ void IssueBlock(const PrefillParams& p, int kv_head, uin
 }
 
 // A warpgroup that fills the tiles of keys, or those of values, of all items of this thread block. What they
-// are made of is brought into shared memory as it lies in global memory, two tiles ahead: blocks by one
-// thread in one copy, the rows of the step by each warpgroup for itself.
+// are made of is brought into shared memory as it lies in global memory, two tiles ahead, by the keys'
+// warpgroup, whose warps take turns: bringing a block costs one warp as much as expanding half a tile.
 template <int kDim, Side kSide>
 class Producer {
  public:
-  __device__ __forceinline__ Producer(const PrefillParams& p, uint8_t* shared, int group)
-      : p_(p), shared_(shared), base_(SharedAddress(shared)), group_(group), ahead_(p, group) {}
+  __device__ __forceinline__ Producer(const PrefillParams& p, uint32_t shared, int group)
+      : p_(p), base_(shared), group_(group), ahead_(p, group) {
+    // Kept in a register: read again wherever it is needed, it costs some twenty cycles each time.
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_));
+    thread_ %= kExpandThreads;
+  }
 
   __device__ __forceinline__ void Run() {
-    for (int i = 0; i < kAhead; ++i) BringNext();
+    if constexpr (kKeys) {
+      for (int i = 0; i < 2; ++i) BringNext();
+    }
     Ring<kStages> ring;
     Ring<kRawStages> raw_ring;
     for (Walk walk(p_, group_); !walk.done(); walk.Advance()) {
-      BringNext();
+      if constexpr (kKeys) BringNext();
       const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + ring.stage * L::kTileBytes;
       BarrierWait(base_ + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
+      BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
+      // Rows are spread over the threads otherwise than blocks; what another thread wrote to this stage is
+      // over, because the stage is free, but racecheck does not follow one lane that speaks for its warp.
       if (!walk.is_block()) {
-        WaitForCopies<kAhead>();
         asm volatile("bar.sync %0, %1;" ::"n"(kKeys ? 1 : 2), "n"(kExpandThreads) : "memory");
       }
-      BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
       const int tokens = Fill(walk, raw_ring.stage, tile);
-      if (kKeys && threadIdx.x % kExpandThreads == 0) {
+      if (kKeys && thread_ == 0) {
         StoreShared4(base_ + L::kTokens + ring.stage * 4, static_cast<uint32_t>(tokens));
       }
       FenceProxyAsync();
@@ -144,66 +151,60 @@ class Producer {
  private:
   using L = SharedLayout<kDim>;
   static constexpr bool kKeys = kSide == Side::kK;
-  static constexpr int kAhead = kRawStages - 1;
 
-  // Brings the next tile's block or rows; what a warpgroup has copied itself counts as one group of copies.
-  // Blocks are the keys' warpgroup's to copy, and the word that rows are under way is the values': the other
-  // way round, each waited longer for the other (measured).
+  // Brings the next tile's block or rows.
   __device__ __forceinline__ void BringNext() {
-    if (!ahead_.done()) {
-      const bool first_warp = threadIdx.x % kExpandThreads < 32;
-      const uint32_t barrier = base_ + L::kRawFull + ahead_ring_.stage * 8;
-      const uint32_t free = base_ + L::kRawFree + ahead_ring_.stage * 8;
-      const uint32_t to = base_ + L::kRaw + ahead_ring_.stage * L::kRawBytes;
-      if (!ahead_.is_block()) {
-        BarrierWait(free, ahead_ring_.parity ^ 1);
-        CopyRows(to + (kKeys ? 0 : kTileTokens64 * kDim * 2));
-        if (!kKeys && threadIdx.x % kExpandThreads == 0) BarrierArrive(barrier);
-      } else if (kKeys && first_warp) {
-        BarrierWait(free, ahead_ring_.parity ^ 1);
-        CopyBlock(to, barrier);
-      }
-      ahead_ring_.Advance();
-      ahead_.Advance();
+    if (ahead_.done()) return;
+    const uint32_t full = base_ + L::kRawFull + ahead_ring_.stage * 8;
+    const uint32_t free = base_ + L::kRawFree + ahead_ring_.stage * 8;
+    const uint32_t to = base_ + L::kRaw + ahead_ring_.stage * L::kRawBytes;
+    if (ahead_.is_block()) {
+      BringBlock(to, full, free);
+    } else {
+      BarrierWait(free, ahead_ring_.parity ^ 1);
+      BringRow(to, full);
     }
-    CommitCopies();
+    ahead_ring_.Advance();
+    ahead_.Advance();
   }
-  __device__ __forceinline__ void CopyBlock(uint32_t to, uint32_t barrier) {
-    const int lane = threadIdx.x & 31;
+  __device__ __forceinline__ void BringBlock(uint32_t to, uint32_t full, uint32_t free) {
+    const int lane = thread_ & 31, of = ahead_.tile() % 32;
     const PrefillItem& item = ahead_.item();
-    if (ahead_.tile() % 32 == 0 && ahead_.tile() + lane < item.blocks) {
+    if (of == 0 && ahead_.tile() + lane < item.blocks) {
       block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + ahead_.tile() + lane);
     }
-    const uint32_t unit_row = __shfl_sync(~0u, block_.x, ahead_.tile() % 32);
-    const uint32_t what = __shfl_sync(~0u, block_.y, ahead_.tile() % 32);
-    if (lane == 0)
-      IssueBlock<kDim>(p_, item.kv_head, unit_row, what, to, barrier,
+    if (of % 4 != thread_ / 32) return;
+    const uint32_t unit_row = __shfl_sync(~0u, block_.x, of), what = __shfl_sync(~0u, block_.y, of);
+    BarrierWait(free, ahead_ring_.parity ^ 1);
+    if (lane == 0) {
+      IssueBlock<kDim>(p_, item.kv_head, unit_row, what, to, full,
                        base_ + L::kRawBlocks + ahead_ring_.stage * 4);
-  }
-  __device__ __forceinline__ void CopyRows(uint32_t to) {
-    constexpr int kPieces = kDim / 8, kRowsAtOnce = kExpandThreads / kPieces;
-    const PrefillItem& item = ahead_.item();
-    const int thread = threadIdx.x % kExpandThreads,
-              rows = min(item.rows - ahead_.first_row(), kTileTokens64);
-    const uint16_t* from = (kKeys ? p_.layer.k : p_.layer.v) +
-                           (item.row_begin + ahead_.first_row() + thread / kPieces) * p_.layer.kv_stride +
-                           item.kv_head * kDim + thread % kPieces * 8;
-    to += thread * 16;
-    for (int row = thread / kPieces; row < rows; row += kRowsAtOnce) {
-      CopyAsync16(to, from);
-      from += kRowsAtOnce * p_.layer.kv_stride;
-      to += kExpandThreads * 16;
     }
+    __syncwarp();  // else the lanes would go on apart
+  }
+  // Each thread brings one: a key or a value.
+  __device__ __forceinline__ void BringRow(uint32_t to, uint32_t full) {
+    constexpr uint32_t kRowBytes = kDim * 2;
+    const PrefillItem& item = ahead_.item();
+    const int row = thread_ % kTileTokens64, rows = min(item.rows - ahead_.first_row(), kTileTokens64);
+    if (thread_ == 0) BarrierExpect(full, 2 * static_cast<uint32_t>(rows) * kRowBytes);
+    if (row < rows) {
+      const uint16_t* from = (thread_ < kTileTokens64 ? p_.layer.k : p_.layer.v) +
+                             (item.row_begin + ahead_.first_row() + row) * p_.layer.kv_stride +
+                             item.kv_head * kDim;
+      BulkLoad(to + static_cast<uint32_t>(thread_) * kRowBytes, from, kRowBytes, full);
+    }
+    __syncwarp();
   }
 
   // Returns how many tokens of the tile are valid.
   __device__ __forceinline__ int Fill(const Walk& walk, int raw_stage, uint32_t tile) {
-    const uint8_t* raw = shared_ + L::kRaw + raw_stage * L::kRawBytes;
+    const uint32_t raw = base_ + L::kRaw + raw_stage * L::kRawBytes;
     if (!walk.is_block()) {
       if constexpr (kKeys) {
-        RowsToKeys<kDim>(SharedAddress(raw), tile);
+        RowsToKeys<kDim>(raw, tile);
       } else {
-        RowsToValues<kDim>(SharedAddress(raw) + kTileTokens64 * kDim * 2,
+        RowsToValues<kDim>(raw + kTileTokens64 * kDim * 2,
                            min(walk.item().rows - walk.first_row(), kTileTokens64), tile);
       }
       return kTileTokens64;
@@ -211,23 +212,23 @@ class Producer {
     const uint32_t what = LoadShared4(base_ + L::kRawBlocks + raw_stage * 4);
     const int capacity = static_cast<int>(what >> 8 & 0xff), k_bits = static_cast<int>(what >> 16 & 0xff);
     if constexpr (kKeys) {
-      ExpandKeysOf<kDim>(p_.codec, k_bits, raw, capacity / 16, tile);
+      ExpandKeysOf<kDim>(p_.codec, k_bits, raw, capacity / 16, tile, thread_);
     } else {
       ExpandValuesOf<kDim>(p_.codec, static_cast<int>(what >> 24),
-                           raw + SideSize(p_.codec, kDim, k_bits, capacity), capacity / 16, tile);
+                           raw + SideSize(p_.codec, kDim, k_bits, capacity), capacity / 16, tile, thread_);
     }
     return static_cast<int>(what & 0xff);
   }
   // What this warp has written counts once the other warps have said so, too.
   __device__ __forceinline__ void Arrive(int barriers, int stage) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
+    if (thread_ % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
   }
 
   const PrefillParams& p_;
-  uint8_t* const shared_;
   const uint32_t base_;
   const int group_;
+  int thread_;  // in the warpgroup
   Walk ahead_;
   Ring<kRawStages> ahead_ring_;
   uint2 block_ = {};  // each lane knows one of the next 32
@@ -237,8 +238,8 @@ class Producer {
 template <int kDim>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const PrefillParams& p, uint8_t* shared, int group)
-      : p_(p), base_(SharedAddress(shared)), group_(group) {}
+  __device__ __forceinline__ Consumer(const PrefillParams& p, uint32_t shared, int group)
+      : p_(p), base_(shared), group_(group) {}
 
   __device__ __forceinline__ void Run() {
     for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
@@ -503,13 +504,13 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup < 2) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
-    Consumer<kDim>(p, shared, group).Run();
+    Consumer<kDim>(p, base, group).Run();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
     if (warpgroup == 2) {
-      Producer<kDim, Side::kK>(p, shared, group).Run();
+      Producer<kDim, Side::kK>(p, base, group).Run();
     } else {
-      Producer<kDim, Side::kV>(p, shared, group).Run();
+      Producer<kDim, Side::kV>(p, base, group).Run();
     }
   }
 }

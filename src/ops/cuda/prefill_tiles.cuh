@@ -80,9 +80,8 @@ struct RawSide {
 
   // A lane's 16 bytes for channel tile `step` of token tile `tile`, as field step % kShare. BF16 blocks have
   // `tiles` token tiles; the others read as zero.
-  __device__ static __forceinline__ uint4 Load(uint32_t raw, int tiles, int tile, int step) {
+  __device__ static __forceinline__ uint4 Load(uint32_t raw, int tiles, int tile, int step, int lane) {
     if (kBits == 16 && tile >= tiles) return {};
-    const int lane = threadIdx.x & 31;
     int fragment = tile * kSteps + step;
     if constexpr (kBits == 8) raw += tile / 2 * (32 * (kDim + 4)), fragment = tile % 2 * kSteps + step;
     uint4 w = LoadShared16(raw + fragment / kFields * 512 + lane * 16);
@@ -100,13 +99,13 @@ struct RawSide {
 template <int kDim, int kBits, int kStep = 0>
 __device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t keys, int tile,
                                                const uint32_t (&scale)[2], const uint32_t (&minimum)[2],
-                                               uint4 w) {
+                                               int lane, uint4 w) {
   using R = RawSide<kDim, kBits>;
   if constexpr (kStep < R::kSteps) {
     constexpr int kFirst = kStep % R::kShare, kSecond = (kStep + 1) % R::kShare;
-    if (kFirst == 0) w = R::Load(raw, tiles, tile, kStep);
-    const uint4 v = kSecond == 0 ? R::Load(raw, tiles, tile, kStep + 1) : w;
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    if (kFirst == 0) w = R::Load(raw, tiles, tile, kStep, lane);
+    const uint4 v = kSecond == 0 ? R::Load(raw, tiles, tile, kStep + 1, lane) : w;
+    const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint4 out = {Expand<kBits, kFirst>(h ? w.y : w.x, scale[h], minimum[h]),
@@ -115,12 +114,12 @@ __device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t
                          Expand<kBits, kSecond>(h ? v.w : v.z, scale[h], minimum[h])};
       StoreShared16(keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 2 * 4 + t), out);
     }
-    ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, keys, tile, scale, minimum, w);
+    ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, keys, tile, scale, minimum, lane, w);
   }
 }
 template <int kDim, int kBits>
-__device__ __forceinline__ void ExpandKeys(uint32_t raw, int tiles, uint32_t keys) {
-  const int lane = threadIdx.x & 31, tile = threadIdx.x / 32 % 4;
+__device__ __forceinline__ void ExpandKeys(uint32_t raw, int tiles, uint32_t keys, int thread) {
+  const int lane = thread & 31, tile = thread / 32;
   uint32_t scale[2] = {}, minimum[2] = {};
   if constexpr (kBits != 16) {
     // (scale, minimum) of tokens g and g + 8.
@@ -131,42 +130,46 @@ __device__ __forceinline__ void ExpandKeys(uint32_t raw, int tiles, uint32_t key
       scale[h] = __byte_perm(both, 0, 0x1010), minimum[h] = __byte_perm(both, 0, 0x3232);
     }
   }
-  ExpandKeySteps<kDim, kBits>(raw, tiles, keys, tile, scale, minimum, {});
+  ExpandKeySteps<kDim, kBits>(raw, tiles, keys, tile, scale, minimum, lane, {});
 }
 
 // Warp w expands the values of token tiles 2 (w % 2) and the next, of the channels in half w / 2 of each
 // channel tile.
 template <int kDim, int kBits, int kStep = 0>
 __device__ __forceinline__ void ExpandValueSteps(uint32_t raw, int tiles, uint32_t values, int pair, int half,
-                                                 const uint4& scale, const uint4& minimum, uint4 a, uint4 b) {
+                                                 const uint4& scale, const uint4& minimum, int lane, uint4 a,
+                                                 uint4 b) {
   using R = RawSide<kDim, kBits>;
   if constexpr (kStep < R::kSteps) {
     constexpr int kField = kStep % R::kShare;
-    if (kField == 0) a = R::Load(raw, tiles, 2 * pair, kStep), b = R::Load(raw, tiles, 2 * pair + 1, kStep);
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    if (kField == 0) {
+      a = R::Load(raw, tiles, 2 * pair, kStep, lane), b = R::Load(raw, tiles, 2 * pair + 1, kStep, lane);
+    }
+    const int g = lane >> 2, t = lane & 3;
     // Metadata in the order (tile, h), minima in the order (h, tile).
     const uint4 out = {Expand<kBits, kField>(half ? a.y : a.x, scale.x, minimum.x),
                        Expand<kBits, kField>(half ? a.w : a.z, scale.y, minimum.z),
                        Expand<kBits, kField>(half ? b.y : b.x, scale.z, minimum.y),
                        Expand<kBits, kField>(half ? b.w : b.z, scale.w, minimum.w)};
     StoreShared16(values + ValueOffset(kStep * 16 + half * 8 + g, pair * 4 + t), out);
-    ExpandValueSteps<kDim, kBits, kStep + 1>(raw, tiles, values, pair, half, scale, minimum, a, b);
+    ExpandValueSteps<kDim, kBits, kStep + 1>(raw, tiles, values, pair, half, scale, minimum, lane, a, b);
   }
 }
 template <int kDim, int kBits>
-__device__ __forceinline__ void ExpandValues(uint32_t raw, int tiles, uint32_t values) {
-  const int warp = threadIdx.x / 32 % 4, pair = warp % 2, t = threadIdx.x & 3;
+__device__ __forceinline__ void ExpandValues(uint32_t raw, int tiles, uint32_t values, int thread) {
+  const int warp = thread / 32, pair = warp % 2, t = thread & 3;
   uint4 scale = {}, minimum = {};
   if constexpr (kBits != 16) {
     const uint32_t at = RawSide<kDim, kBits>::Meta(raw, pair) + t * 16;
     scale = LoadShared16(at), minimum = LoadShared16(at + 64);
   }
-  ExpandValueSteps<kDim, kBits>(raw, tiles, values, pair, warp / 2, scale, minimum, {}, {});
+  ExpandValueSteps<kDim, kBits>(raw, tiles, values, pair, warp / 2, scale, minimum, thread & 31, {}, {});
 }
 
 // The blocks of kPaper, element by element.
 template <int kDim>
-__device__ __noinline__ void ExpandPaper(const uint8_t* raw, int bits, Side side, uint32_t tile) {
+__device__ __noinline__ void ExpandPaper(uint32_t shared, int bits, Side side, uint32_t tile) {
+  const auto* raw = static_cast<const uint8_t*>(__cvta_shared_to_generic(shared));
   for (int item = threadIdx.x % kExpandThreads; item < 64 * kDim / 8; item += kExpandThreads) {
     uint32_t words[4];
     const int row = side == Side::kK ? item % 64 : item % kDim,
@@ -230,37 +233,36 @@ __device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t 
   }
 }
 
-// One side of a block, whatever its format; `tiles`: its capacity in tiles of 16 tokens.
+// One side of a block, whatever its format; `tiles`: its capacity in tiles of 16 tokens; `thread`: which of
+// the warpgroup this is.
 template <int kDim>
-__device__ __forceinline__ void ExpandKeysOf(Codec codec, int bits, const uint8_t* raw, int tiles,
-                                             uint32_t keys) {
-  const uint32_t from = SharedAddress(raw);
-  if (bits == 16) {
-    ExpandKeys<kDim, 16>(from, tiles, keys);
-  } else if (bits == 8) {
-    ExpandKeys<kDim, 8>(from, tiles, keys);
-  } else if (codec == Codec::kPaper) {
+__device__ __forceinline__ void ExpandKeysOf(Codec codec, int bits, uint32_t raw, int tiles, uint32_t keys,
+                                             int thread) {
+  if (bits < 8 && codec == Codec::kPaper) {
     ExpandPaper<kDim>(raw, bits, Side::kK, keys);
+  } else if (bits == 2) {
+    ExpandKeys<kDim, 2>(raw, tiles, keys, thread);
   } else if (bits == 4) {
-    ExpandKeys<kDim, 4>(from, tiles, keys);
+    ExpandKeys<kDim, 4>(raw, tiles, keys, thread);
+  } else if (bits == 8) {
+    ExpandKeys<kDim, 8>(raw, tiles, keys, thread);
   } else {
-    ExpandKeys<kDim, 2>(from, tiles, keys);
+    ExpandKeys<kDim, 16>(raw, tiles, keys, thread);
   }
 }
 template <int kDim>
-__device__ __forceinline__ void ExpandValuesOf(Codec codec, int bits, const uint8_t* raw, int tiles,
-                                               uint32_t values) {
-  const uint32_t from = SharedAddress(raw);
-  if (bits == 16) {
-    ExpandValues<kDim, 16>(from, tiles, values);
-  } else if (bits == 8) {
-    ExpandValues<kDim, 8>(from, tiles, values);
-  } else if (codec == Codec::kPaper) {
+__device__ __forceinline__ void ExpandValuesOf(Codec codec, int bits, uint32_t raw, int tiles,
+                                               uint32_t values, int thread) {
+  if (bits < 8 && codec == Codec::kPaper) {
     ExpandPaper<kDim>(raw, bits, Side::kV, values);
+  } else if (bits == 2) {
+    ExpandValues<kDim, 2>(raw, tiles, values, thread);
   } else if (bits == 4) {
-    ExpandValues<kDim, 4>(from, tiles, values);
+    ExpandValues<kDim, 4>(raw, tiles, values, thread);
+  } else if (bits == 8) {
+    ExpandValues<kDim, 8>(raw, tiles, values, thread);
   } else {
-    ExpandValues<kDim, 2>(from, tiles, values);
+    ExpandValues<kDim, 16>(raw, tiles, values, thread);
   }
 }
 

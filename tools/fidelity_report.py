@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+"""Joins what tools/fidelity.sh measured: bench/results/fidelity-*.json, and the tables and plots of docs/fidelity.md.
+
+    python3 tools/fidelity_report.py build/fidelity SECONDS
+
+Tables stand between the markers <!-- NAME --> and <!-- /NAME --> of the page.
+"""
+
+import glob
+import json
+import math
+import os
+import random
+import sys
+
+PAGE = "docs/fidelity.md"
+PLOTS = "docs/plots"
+DRAWS = 2000
+# Effective bits of one format, rotated, head_dim 128 (docs/kv-format.md).
+BITS = {"k2v2": 2.25, "k4v2": 3.25, "k4v4": 4.25, "fp8": 8.25, "bf16": 16.0}
+TITLES = {"s1": "the checkpoint as it is", "s8": "key channels times 8", "s32": "key channels times 32",
+          "v32": "value channels times 32"}
+
+
+# ---- What was measured
+
+def load(folder):
+    """{checkpoint: {"rows": [policy rows], ...}}; `bf16` once."""
+    checkpoints = {}
+    for name in TITLES:
+        rows, head = [], None
+        for part in ("rotated", "axes", "paper"):
+            path = os.path.join(folder, f"{name}.{part}.part.json")
+            if not os.path.exists(path):
+                continue
+            with open(path) as file:
+                data = json.load(file)
+            head = head or {k: data[k] for k in ("model", "trajectories", "conversations", "steps", "tokens")}
+            rows += [row for row in data["policies"] if row["name"] not in {r["name"] for r in rows}]
+        bare = os.path.join(folder, f"{name}-no-equalization.rotated.part.json")
+        if os.path.exists(bare):
+            with open(bare) as file:
+                rows += [{**row, "name": row["name"] + " without calibration"} for row in json.load(file)["policies"]
+                         if row["name"] != "bf16"]
+        if rows:
+            checkpoints[name] = {**head, "policies": rows}
+    return checkpoints
+
+
+def rate(wrong, column):
+    """Exact rate: column 1 actions, 2 all tokens, 0 conversations."""
+    if column == 0:
+        return sum(1 for w in wrong if w[1] == 0) / len(wrong)
+    return 1 - sum(w[column] for w in wrong) / sum(w[0] for w in wrong)
+
+
+def difference(a, b, column):
+    """Rate of a minus rate of b, and its 95% interval: the same conversations resampled for both."""
+    generator = random.Random(1)
+    wrong_a, wrong_b = a["wrong_by_conversation"], b["wrong_by_conversation"]
+    n = len(wrong_a)
+    draws = []
+    for _ in range(DRAWS):
+        chosen = [generator.randrange(n) for _ in range(n)]
+        draws.append(rate([wrong_a[i] for i in chosen], column) - rate([wrong_b[i] for i in chosen], column))
+    draws.sort()
+    return (rate(wrong_a, column) - rate(wrong_b, column), draws[round(0.025 * (DRAWS - 1))],
+            draws[round(0.975 * (DRAWS - 1))])
+
+
+# ---- What the losses predict
+
+def formats_at(policy, budget):
+    """The format of each tag that a price per byte gives under a budget, as kv/need.h decides."""
+    def choose(price):
+        table = {}
+        for tag in policy["counts"]:
+            loss = policy["distortion"].get(tag)
+            if loss is None:
+                continue
+            options = {**{f: loss[f] for f in loss}, "bf16": 0.0}
+            table[tag] = min(options, key=lambda f: (options[f] + price * BITS[f], BITS[f]))
+        return table
+
+    def bits(table):
+        total = sum(policy["counts"][t] for t in table)
+        return sum(policy["counts"][t] * BITS[f] for t, f in table.items()) / total
+
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2 if low else high * 1e-3 if high > 1e-18 else 0
+        if bits(choose(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return choose(high)
+
+
+def keep_axes(policy, axes):
+    """As KeepAxes of calib/eval_policy.h."""
+    def kept(tag):
+        return tuple(part if axis in axes else "" for axis, part in zip(("temporal", "modal", "semantic"), tag.split("/")))
+
+    sums, counts = {}, {}
+    for tag, count in policy["counts"].items():
+        group = kept(tag)
+        counts[group] = counts.get(group, 0) + count
+        for f, loss in policy["distortion"][tag].items():
+            sums.setdefault(group, {}).setdefault(f, 0.0)
+            sums[group][f] += count * loss
+    return {**policy, "distortion": {t: {f: x / counts[kept(t)] for f, x in sums[kept(t)].items()}
+                                     for t in policy["counts"]}}
+
+
+def predicted(row, policy, end):
+    """Loss that the calibrated table predicts for a lane; None if it does not say."""
+    name = row["name"]
+    if row["codec"] != "rotated" or "without" in name:
+        return None
+    fixed = {"int4": "k4v4", "int2": "k2v2", "k4v2": "k4v2"}
+    if name in fixed:
+        table = {t: fixed[name] for t in policy["counts"]}
+    elif name == "paper":
+        table = {t: "k4v4" if t.split("/")[2] in ("inst", "delim", "tool_call") or t.startswith("current/text/") else "k2v2"
+                 for t in policy["counts"]}
+    elif ":" in name:
+        kind, rest = name.split(":")
+        bits, _, axes = rest.partition("+")
+        source = end if kind == "published" else policy
+        if axes:
+            source = keep_axes(source, axes.split("-"))
+        table = formats_at(source, float(bits))
+    else:
+        return None
+    return sum(policy["counts"][t] * policy["distortion"][t].get(f, 0.0) for t, f in table.items() if t in policy["counts"])
+
+
+def ranks(values):
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    out = [0.0] * len(values)
+    i = 0
+    while i < len(order):
+        j = i
+        while j + 1 < len(order) and values[order[j + 1]] == values[order[i]]:
+            j += 1
+        for k in range(i, j + 1):
+            out[order[k]] = (i + j) / 2
+        i = j + 1
+    return out
+
+
+def correlation(x, y):
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    sxy = sum((a - mx) * (b - my) for a, b in zip(x, y))
+    return sxy / math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
+
+
+# ---- Pages
+
+def percent(x):
+    return f"{100 * x:.1f}"
+
+
+def table(rows):
+    lines = ["| policy | bits | steps exact % | conversations exact % | all tokens exact % | top-1 % | KL mean | root KL |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda r: (-r["effective_bits"])):
+        ci, episodes = row["action_match_ci"], row["episode_exact_ci"]
+        name = row["name"]
+        if row["codec"] == "paper" and "@" not in name:
+            name += "@paper"
+        lines.append(f"| `{name}` | {row['effective_bits']:.2f} | {percent(row['action_match'])} "
+                     f"[{percent(ci[0])}, {percent(ci[1])}] | {percent(row['episode_exact'])} "
+                     f"[{percent(episodes[0])}, {percent(episodes[1])}] | {percent(row['all_tokens_exact'])} | "
+                     f"{100 * row['top1_agreement']:.2f} | {row['kl_mean']:.1e} | {row['kl_root_mean']:.2e} |")
+    return "\n".join(lines)
+
+
+def comparisons(rows):
+    """Each calibrated lane with every lane of another kind that takes as many bytes or more up to half a bit, or that is
+    the best of those that take fewer."""
+    ours = [r for r in rows if r["name"].startswith("calibrated:") and "+" not in r["name"]]
+    others = [r for r in rows if r not in ours and r["name"] != "bf16" and "published" not in r["name"]]
+    lines = ["| policy | against | bits | steps exact, difference in points | all tokens exact, the same |", "|---|---|---|---|---|"]
+    for mine in ours:
+        for other in sorted(others, key=lambda r: r["effective_bits"]):
+            if not mine["effective_bits"] - 0.35 <= other["effective_bits"] <= mine["effective_bits"] + 0.75:
+                continue
+            action, tokens = difference(mine, other, 1), difference(mine, other, 2)
+            cells = [f"{100 * d[0]:+.1f} [{100 * d[1]:+.1f}, {100 * d[2]:+.1f}]" for d in (action, tokens)]
+            cells = [f"**{c}**" if d[1] > 0 else c for c, d in zip(cells, (action, tokens))]
+            lines.append(f"| `{mine['name']}` ({mine['effective_bits']:.2f}) | `{other['name']}` | {other['effective_bits']:.2f} | "
+                         + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(path, title, x_label, y_label, series, log_x=False, log_y=False):
+    """An SVG scatter plot; series: {name: (colour, [(x, y, label)], joined)}."""
+    width, height, left, bottom, top, right = 720, 420, 70, 50, 36, 150
+    fx = (lambda v: math.log10(v)) if log_x else float
+    fy = (lambda v: math.log10(v)) if log_y else float
+    points = [(fx(x), fy(y)) for _, items, _ in series.values() for x, y, _ in items]
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
+    x0, x1 = x0 - 0.05 * (x1 - x0 or 1), x1 + 0.05 * (x1 - x0 or 1)
+    y0, y1 = y0 - 0.06 * (y1 - y0 or 1), y1 + 0.06 * (y1 - y0 or 1)
+    px = lambda v: left + (fx(v) - x0) / (x1 - x0) * (width - left - right)
+    py = lambda v: height - bottom - (fy(v) - y0) / (y1 - y0) * (height - bottom - top)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>',
+           f'<text x="{left}" y="20" font-size="14">{title}</text>',
+           f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#444"/>',
+           f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">{x_label}</text>',
+           f'<text transform="translate(16 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">{y_label}</text>']
+    for i in range(5):
+        vx, vy = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+        at_x, at_y = left + (width - left - right) * i / 4, height - bottom - (height - bottom - top) * i / 4
+        shown = [f"{10 ** v:.1e}" if log else f"{v:.3g}" for v, log in ((vx, log_x), (vy, log_y))]
+        out.append(f'<text x="{at_x}" y="{height - bottom + 16}" text-anchor="middle" fill="#444">{shown[0]}</text>')
+        out.append(f'<text x="{left - 6}" y="{at_y + 4}" text-anchor="end" fill="#444">{shown[1]}</text>')
+        out.append(f'<path d="M{left} {at_y}H{width - right}" stroke="#eee"/>')
+    for i, (name, (colour, items, joined)) in enumerate(series.items()):
+        out.append(f'<circle cx="{width - right + 16}" cy="{top + 18 * i}" r="5" fill="{colour}"/>'
+                   f'<text x="{width - right + 26}" y="{top + 18 * i + 4}">{name}</text>')
+        items = sorted(items)
+        if joined and len(items) > 1:
+            out.append('<path d="M' + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y, _ in items) +
+                       f'" fill="none" stroke="{colour}"/>')
+        for x, y, label in items:
+            out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="4" fill="{colour}"><title>{label}</title></circle>')
+    os.makedirs(PLOTS, exist_ok=True)
+    with open(path, "w") as file:
+        file.write("\n".join(out) + "\n</svg>\n")
+
+
+def kind_of(row):
+    if row["name"] == "bf16":
+        return None
+    if row["codec"] == "paper":
+        return "paper's codec"
+    if row["name"].startswith("calibrated"):
+        return "fewer axes" if "+" in row["name"] else "calibrated"
+    if row["name"].startswith("published"):
+        return "tags at the end"
+    return "uniform and fixed" if "without" not in row["name"] else None
+
+
+COLOURS = {"calibrated": "#1f77b4", "fewer axes": "#ff7f0e", "tags at the end": "#9467bd", "uniform and fixed": "#2ca02c",
+           "paper's codec": "#d62728"}
+
+
+def pareto(name, data):
+    series = {}
+    for row in data["policies"]:
+        kind = kind_of(row)
+        if kind:
+            series.setdefault(kind, (COLOURS[kind], [], kind == "calibrated"))[1].append(
+                (row["effective_bits"], max(row["kl_root_mean"], 1e-6), row["name"]))
+    plot(f"{PLOTS}/pareto-{name}.svg", f"Root KL over effective bits: {TITLES[name]}", "effective bits, metadata and tails included",
+         "mean root KL to BF16", series, log_y=True)
+
+
+def additivity(name, data, folder):
+    with open(os.path.join(folder, f"{name}.json")) as file:
+        policy = json.load(file)
+    with open(os.path.join(folder, f"{name}-end.json")) as file:
+        end = json.load(file)
+    items = [(predicted(row, policy, end), row["kl_mean"], row["kl_root_mean"], row["name"]) for row in data["policies"]]
+    items = [item for item in items if item[0]]
+    plot(f"{PLOTS}/additivity-{name}.svg", f"Predicted and measured: {TITLES[name]}", "predicted loss, sum over tags",
+         "mean root KL to BF16", {"policies": ("#1f77b4", [(p, root, n) for p, _, root, n in items], False)}, True, True)
+    x, kl, root = ([item[i] for item in items] for i in range(3))
+    return (f"| {TITLES[name]} | {len(items)} | {correlation(ranks(x), ranks(kl)):.2f} | "
+            f"{correlation(ranks(x), ranks(root)):.2f} | {correlation([math.log(v) for v in x], [math.log(v) for v in root]):.2f} |")
+
+
+def insert(text, name, content):
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        sys.exit(f"{PAGE} has no marker {begin}")
+    return text[:text.index(begin) + len(begin)] + "\n" + content + "\n" + text[text.index(end):]
+
+
+def main():
+    folder, seconds = sys.argv[1], int(sys.argv[2])
+    checkpoints = load(folder)
+    with open(PAGE) as file:
+        text = file.read()
+    lines = ["| checkpoint | policies | rank correlation with KL | with root KL | correlation of logarithms, root KL |",
+             "|---|---|---|---|---|"]
+    for name, data in checkpoints.items():
+        data["fidelity_seconds"] = seconds
+        with open(f"bench/results/fidelity-{name}.json", "w") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+        text = insert(text, f"table {name}", table(data["policies"]))
+        if name in ("s1", "v32"):
+            text = insert(text, f"equal bytes {name}", comparisons(data["policies"]))
+            pareto(name, data)
+            lines.append(additivity(name, data, folder))
+    text = insert(text, "additivity", "\n".join(lines))
+    any_one = next(iter(checkpoints.values()))
+    text = insert(text, "run", f"{any_one['conversations']} conversations, {any_one['steps']} steps, {any_one['tokens']} tokens for each "
+                  f"policy; {seconds // 60} minutes {seconds % 60} s in all on {os.cpu_count()} cores.")
+    with open(PAGE, "w") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()
