@@ -16,7 +16,7 @@ started=$SECONDS
 rm -rf "$out"
 mkdir -p "$out"
 
-# Makes a checkpoint, fits its calibration and calibrates two policies.
+# Makes a checkpoint, fits its calibration and calibrates its policies.
 prepare() {
   local name=$1
   shift
@@ -25,6 +25,7 @@ prepare() {
     --output "$out/$name/kv_calibration.json" >"$out/$name-fit.txt"
   build/release/triaxial calibrate --model "$out/$name" --trajectories "$data/calibration.jsonl" --threads 1 \
     --max-conversations 24 --name calibrated --out "$out/$name.json" >"$out/$name-calibrate.txt"
+  [[ $name == s1 || $name == v32 ]] || return 0
   build/release/triaxial calibrate --model "$out/$name" --trajectories "$data/calibration.jsonl" --threads 1 \
     --max-conversations 24 --tags-at end --name published --out "$out/$name-end.json" >"$out/$name-calibrate-end.txt"
 }
