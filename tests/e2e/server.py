@@ -1,5 +1,6 @@
 """The real server under test: started on a free port, asked over HTTP, stopped with SIGTERM."""
 
+import atexit
 import base64
 import http.client
 import json
@@ -22,6 +23,7 @@ class Server:
         self.log = []
         self.port = None
         self.process = subprocess.Popen([BINARY, "serve", "--port", "0", *args], stderr=subprocess.PIPE, text=True)
+        atexit.register(self.process.kill)  # of a test that failed; the test runner would wait for it
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
