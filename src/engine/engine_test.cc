@@ -139,7 +139,7 @@ TEST(Engine, RefusesAtOnceWhatCannotRun) {
   };
   refused(RequestOf({}, 5), Code::kInvalidArgument, "empty");
   refused(RequestOf(RandomTokens(1000, 1), 5), Code::kInvalidArgument, "1000 tokens");
-  refused(RequestOf(RandomTokens(999, 1), 5), Code::kResourceExhausted, "--kv-memory");
+  refused(RequestOf(RandomTokens(999, 1), 5), Code::kTooLarge, "--kv-memory");
   refused(RequestOf({1, 2, 101}, 5), Code::kInvalidArgument, "token 2 of the prompt is 101");
   refused(RequestOf({-1}, 5), Code::kInvalidArgument, "-1");
   Request request = RequestOf({1, 2, 3}, 5);

@@ -123,7 +123,7 @@ Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const Engi
       PredictRows(context.geometry, context.needs, state->kv_tokens, /*begin=*/0, request.min_format);
   if (rows > context.total_rows) {
     const int64_t row_bytes = UnitRowBytes(context.geometry) * context.geometry.num_layers;
-    return ResourceExhausted(fmt::format(
+    return TooLarge(fmt::format(
         "the prompt's {} tokens need {} bytes of KV cache under policy {}, but the server has {}; raise "
         "--kv-memory or shorten the conversation",
         tokens, rows * row_bytes, context.policy.name, context.total_rows * row_bytes));

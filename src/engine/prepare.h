@@ -35,7 +35,7 @@ TagNeeds NeedsOf(const Policy& policy, const KvGeometry& geometry, const KvCalib
                  bool dummy_weights, double budget_bits);
 
 // Tags the prompt, computes its positions and what it will take of the arena. InvalidArgument names what is
-// wrong with the prompt or the sampling; ResourceExhausted if the arena is too small for it.
+// wrong with the prompt or the sampling; TooLarge if the arena is too small for it.
 Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const EngineContext& context);
 
 }  // namespace triaxial

@@ -70,29 +70,47 @@ Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* b
   };
 }
 
-void Scheduler::Enqueue(Sequence* sequence) {
-  Class& tenants = classes_[sequence->priority];
-  const auto [entry, is_new] = tenants.try_emplace(sequence->tenant);
-  Tenant& tenant = entry->second;
-  if (is_new) {
-    double least = std::numeric_limits<double>::infinity();
-    for (const auto& [name, other] : tenants) {
-      if (&other != &tenant) least = std::min(least, other.served);
-    }
-    if (tenants.size() > 1) tenant.served = least;
+Tenant* TenantClass::Arrive(const std::string& name) {
+  RaiseLevel();
+  Tenant& tenant = tenants_[name];
+  if (tenant.requests++ == 0) {
+    tenant.served = std::max(tenant.served, level_);
+    ++present_;
   }
-  sequence->account = &tenant;
-  ++tenant.requests;
-  tenant.waiting.push_back(sequence);
-  ++waiting_;
+  return &tenant;
 }
 
-// Its tenant goes with its last request.
-void Scheduler::LeaveTenant(Sequence* sequence) {
-  if (--std::exchange(sequence->account, nullptr)->requests > 0) return;
-  const auto tenants = classes_.find(sequence->priority);
-  tenants->second.erase(sequence->tenant);
-  if (tenants->second.empty()) classes_.erase(tenants);
+// Who would start at the level anyway needs no memory; of the others the least served are forgotten first.
+void TenantClass::Leave(Tenant* tenant) {
+  if (--tenant->requests > 0) return;
+  if (--present_ == 0) {
+    level_ = std::max(level_, tenant->served);
+  } else {
+    RaiseLevel();
+  }
+  std::erase_if(tenants_,
+                [this](const auto& t) { return t.second.requests == 0 && t.second.served <= level_; });
+  if (tenants_.size() - present_ <= kRemembered) return;
+  auto least = tenants_.end();
+  for (auto t = tenants_.begin(); t != tenants_.end(); ++t) {
+    if (t->second.requests > 0) continue;
+    if (least == tenants_.end() || t->second.served < least->second.served) least = t;
+  }
+  tenants_.erase(least);
+}
+
+void TenantClass::RaiseLevel() {
+  double least = std::numeric_limits<double>::infinity();
+  for (const auto& [name, tenant] : tenants_) {
+    if (tenant.requests > 0) least = std::min(least, tenant.served);
+  }
+  if (present_ > 0) level_ = std::max(level_, least);
+}
+
+void Scheduler::Enqueue(Sequence* sequence) {
+  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant);
+  sequence->account->waiting.push_back(sequence);
+  ++waiting_;
 }
 
 void Scheduler::Remove(Sequence* sequence) {
@@ -104,7 +122,7 @@ void Scheduler::Remove(Sequence* sequence) {
     if (std::erase(preempted_, sequence) == 0) std::erase(sequence->account->waiting, sequence);
     --waiting_;
   }
-  LeaveTenant(sequence);
+  classes_[sequence->priority].Leave(std::exchange(sequence->account, nullptr));
 }
 
 int64_t Scheduler::RowsFor(const Sequence& sequence, int32_t count) const {
@@ -154,10 +172,11 @@ void Scheduler::MakePlan(Plan* plan) const {
     const int64_t rows = RowsFor(*sequence, 1);
     while (rows > available && staying > i + 1) preempt_last();
     if (rows > available) {
-      if (i == 0) {
-        plan->fail = sequence;
-      } else {
+      // What was preempted may bring more than it was counted for: blocks that several of them shared.
+      if (i > 0) {
         preempt_last();
+      } else if (plan->preempt.empty()) {
+        plan->fail = sequence;
       }
       break;
     }
@@ -189,12 +208,6 @@ void Scheduler::MakePlan(Plan* plan) const {
       preempt_last();
     } else if (staying == 1) {
       plan->fail = running_[0];
-    } else if (!preempted_.empty()) {
-      plan->fail = preempted_.front();
-    } else if (waiting_ > 0) {
-      for (const auto& [name, tenant] : classes_.begin()->second) {
-        if (!tenant.waiting.empty()) plan->fail = tenant.waiting.front();
-      }
     }
   }
 }
@@ -208,7 +221,12 @@ bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* b
     sequence->predicted_begin = match.begin;
   }
   const int64_t rows = sequence->predicted_rows + match.idle_rows;
-  if (rows > *available) return false;
+  if (rows > *available) {
+    if (!running_.empty() || !plan->rows.empty()) return false;
+    *available = 0;
+    plan->rows.push_back({sequence, match.begin, 0});
+    return true;
+  }
   *available -= rows;
   const auto tokens = static_cast<int32_t>(sequence->kv_tokens.size());
   // What may wake is not computed before it had its chance: then the rows come with the next plan.
@@ -238,10 +256,10 @@ void Scheduler::PlanAdmissions(int64_t available, int32_t budget, Plan* plan) co
     size_t next;
   };
   std::vector<Cursor> cursors;
-  for (const auto& [priority, tenants] : classes_) {
+  for (const auto& [priority, tenant_class] : classes_) {
     if (!admit_preempted(priority)) return;
     cursors.clear();
-    for (const auto& [name, tenant] : tenants) {
+    for (const auto& [name, tenant] : tenant_class.tenants()) {
       if (!tenant.waiting.empty()) cursors.push_back({tenant.served, &tenant, 0});
     }
     while (!cursors.empty()) {
@@ -299,19 +317,20 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
   if (cache_->free_rows() < rows + low) cache_->Reclaim(rows + high, &step->converts, sleep_);
 }
 
+// It waits until nothing can throw any more.
 void Scheduler::Admit(Sequence* sequence) {
-  if (std::erase(preempted_, sequence) == 0) {
-    // The plan follows the queue's order, so it is its tenant's first.
-    CHECK(sequence == sequence->account->waiting.front());
-    sequence->account->waiting.pop_front();
-  }
-  --waiting_;
   if (backing_->asleep() && !sequence->admitted_before) Wake(*sequence);
   sequence->cache_id = cache_->CreateSequence(sequence->prompt());
   sequence->computed = cache_->Length(sequence->cache_id);
   if (!std::exchange(sequence->admitted_before, true)) {
     sequence->cached_tokens = cache_->MatchedTokens(sequence->cache_id);
   }
+  if (std::erase(preempted_, sequence) == 0) {
+    // The plan follows the queue's order, so it is its tenant's first.
+    CHECK(sequence == sequence->account->waiting.front());
+    sequence->account->waiting.pop_front();
+  }
+  --waiting_;
   InsertInOrder(&running_, sequence);
 }
 
@@ -320,6 +339,11 @@ void Scheduler::Admit(Sequence* sequence) {
 void Scheduler::Wake(const Sequence& sequence) {
   const KvPrompt prompt = sequence.prompt();
   KvCache::Waking waking = cache_->BeginWaking(prompt);
+  const struct End {
+    KvCache* cache;
+    const KvCache::Waking* waking;
+    ~End() { cache->EndWaking(*waking); }
+  } end{cache_, &waking};  // also when a block cannot be read for want of memory
   std::array<ContentId, kBlockTokens> contents;
   while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < prompt.tokens.size()) {
     const std::span<const KvToken> tokens = TokensOf(sequence, waking.blocks * kBlockTokens, kBlockTokens);
@@ -341,7 +365,6 @@ void Scheduler::Wake(const Sequence& sequence) {
     };
     if (!cache_->Wake(block->format, tokens, fill, &waking)) break;
   }
-  cache_->EndWaking(waking);
 }
 
 void Scheduler::Preempt(Sequence* sequence) {

@@ -331,7 +331,7 @@ class LimitsTest(unittest.TestCase):
     def test_a_full_cache_refuses_what_never_fits_and_serves_the_rest(self):
         server = Server("--kv-memory", "8M", "--kv-policy", "bf16", "--max-model-len", "8192")
         status, answer = server.complete(prompt=[5] * 5000, max_tokens=1)
-        self.assertEqual(status, 429, answer)
+        self.assertEqual(status, 413, answer)
         self.assertIn("--kv-memory", answer["error"]["message"])
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(
