@@ -262,6 +262,49 @@ TEST(Scheduler, RemembersABoundedNumberOfTenants) {
   EXPECT_EQ(tenants.Arrive("new")->served, 0) << "level with the least served of those that are there";
 }
 
+// The smallest arena in which a request runs, and one that is a unit smaller.
+TEST(Scheduler, AnArenaThatIsOneUnitTooSmall) {
+  for (const Format wish : {Format::kK2V2, Format::kK4V4, Format::kBf16}) {
+    const auto fits = [&](int64_t total_rows) {
+      World world(total_rows, {.max_running = 4, .max_step_tokens = 100});
+      World::Job* job = world.Add(300, 90, wish);
+      World::Job* next = world.Add(10, 1);
+      for (int steps = 0; world.Run(); ++steps) EXPECT_LT(steps, 10000);
+      EXPECT_NE(job->done, job->failed);
+      EXPECT_TRUE(next->done) << "whatever became of the one before";
+      EXPECT_TRUE(world.Unused());
+      const Status status = world.cache.CheckIntegrity();
+      EXPECT_TRUE(status.ok()) << status.message();
+      return job->done;
+    };
+    int64_t rows = Rows(Format::kBf16);
+    while (!fits(rows)) ASSERT_LT(++rows, 20 * Rows(Format::kBf16));
+    // Six blocks and a tail; BF16 tails are moved while they grow.
+    EXPECT_GE(rows, 6 * Rows(wish) + Rows(Format::kBf16) / 4);
+    EXPECT_LE(rows, 6 * Rows(wish) + Rows(Format::kBf16) * 7 / 4);
+    for (int64_t more = 1; more < 30; ++more) EXPECT_TRUE(fits(rows + more)) << "more is never too small";
+  }
+}
+
+// All that a crowd takes together but one unit: nobody fails.
+TEST(Scheduler, ACrowdInAnArenaThatIsOneUnitTooSmall) {
+  const auto run = [](int64_t total_rows, int64_t* least_free) {
+    World world(total_rows, {.max_running = 6, .max_step_tokens = 100});
+    for (int i = 0; i < 6; ++i) world.Add(100 + 30 * i, 150, static_cast<Format>(i % kFormats));
+    while (world.Run()) *least_free = std::min(*least_free, world.cache.free_rows());
+    for (const auto& job : world.jobs) EXPECT_TRUE(job->done);
+    EXPECT_TRUE(world.Unused());
+    return world.scheduler.preemptions();
+  };
+  const int64_t plenty = 100000;
+  int64_t least_free = plenty;
+  EXPECT_EQ(run(plenty, &least_free), 0);
+  for (int64_t less = 1; less < 40; ++less) {
+    int64_t ignored = plenty;
+    run(plenty - least_free - less, &ignored);
+  }
+}
+
 // A store whose blocks cannot be read for want of memory.
 class NoMemoryBacking : public KvBacking {
  public:
