@@ -55,6 +55,8 @@ s1 rotated bf16,int4,int2,k4v2,paper,C:2.27,C:2.35,C:2.45
 v32 rotated bf16,int4,int2,k4v2,paper,C:2.3,C:2.45,C:2.6,C:3.0
 s1 axes C:2.6,C:3.25,P:2.6,C:2.6+semantic,C:2.6+temporal,C:2.6+modal,C:2.6+temporal-semantic
 v32 axes P:2.6,C:2.3+semantic,C:2.6+semantic,C:2.8+temporal,C:3.0+modal,C:2.45+temporal-semantic
+s1 more fp8
+v32 more C:2.4+temporal,C:2.6+temporal,C:2.4
 s1 paper int4@paper,int2@paper,paper@paper,kivi@paper
 s8 rotated bf16,int4,int2,paper,C:2.27
 s32 rotated bf16,int4,int2,paper,C:2.27

@@ -29,7 +29,7 @@ def load(folder):
     checkpoints = {}
     for name in TITLES:
         rows, head = [], None
-        for part in ("rotated", "axes", "paper"):
+        for part in ("rotated", "axes", "more", "paper"):
             path = os.path.join(folder, f"{name}.{part}.part.json")
             if not os.path.exists(path):
                 continue
@@ -177,14 +177,13 @@ def table(rows):
 
 
 def comparisons(rows):
-    """Each calibrated lane with every lane of another kind that takes as many bytes or more up to half a bit, or that is
-    the best of those that take fewer."""
+    """Each calibrated lane with every other one of about as many bytes."""
     ours = [r for r in rows if r["name"].startswith("calibrated:") and "+" not in r["name"]]
     others = [r for r in rows if r not in ours and r["name"] != "bf16" and "published" not in r["name"]]
     lines = ["| policy | against | bits | steps exact, difference in points | all tokens exact, the same |", "|---|---|---|---|---|"]
     for mine in ours:
         for other in sorted(others, key=lambda r: r["effective_bits"]):
-            if not mine["effective_bits"] - 0.35 <= other["effective_bits"] <= mine["effective_bits"] + 0.75:
+            if not mine["effective_bits"] - 0.15 <= other["effective_bits"] <= mine["effective_bits"] + 0.65:
                 continue
             action, tokens = difference(mine, other, 1), difference(mine, other, 2)
             cells = [f"{100 * d[0]:+.1f} [{100 * d[1]:+.1f}, {100 * d[2]:+.1f}]" for d in (action, tokens)]
@@ -295,9 +294,10 @@ def main():
             file.write("\n")
         text = insert(text, f"table {name}", table(data["policies"]))
         if name in ("s1", "v32"):
-            text = insert(text, f"equal bytes {name}", comparisons(data["policies"]))
             pareto(name, data)
             lines.append(additivity(name, data, folder))
+    if "v32" in checkpoints:
+        text = insert(text, "equal bytes", comparisons(checkpoints["v32"]["policies"]))
     text = insert(text, "additivity", "\n".join(lines))
     any_one = next(iter(checkpoints.values()))
     text = insert(text, "run", f"{any_one['conversations']} conversations, {any_one['steps']} steps, {any_one['tokens']} tokens for each "

@@ -146,7 +146,7 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
     for (size_t i = 0; i < evaluation.policies.size(); ++i) {
       const EvalPolicy& policy = evaluation.policies[i].policy;
       if (policy.codec != codec) continue;
-      if (groups.empty() && is_bf16(policy)) {
+      if (groups.empty() && bf16_index == evaluation.policies.size() && is_bf16(policy)) {
         bf16_index = i;
       } else {
         group.policies.push_back(i);

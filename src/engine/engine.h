@@ -69,8 +69,8 @@ class Engine {
                                                 const EngineOptions& options);
   virtual ~Engine() = default;  // cancels what runs and joins the thread
 
-  // Thread-safe. Refuses at once: InvalidArgument (empty, too long, bad sampling), TooLarge (the prompt can
-  // never fit in the arena), ResourceExhausted (queue full), Unavailable (shutting down).
+  // Thread-safe. Refuses at once: InvalidArgument (empty, too long, bad sampling), TooLarge (the prompt
+  // can never fit in the arena), ResourceExhausted (queue full), Unavailable (shutting down).
   virtual Result<RequestId> Submit(Request request) = 0;
   // Thread-safe; the request's memory is free at the next step. Its last event has FinishReason::kCancelled.
   // Unknown ids are ignored.

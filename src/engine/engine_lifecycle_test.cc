@@ -194,7 +194,7 @@ TEST(EngineLifecycle, ARequestThatOutgrowsTheArenaFailsAlone) {
   ASSERT_TRUE(Submit(engine.get(), RequestOf(RandomTokens(100, 2), 60), &modest).ok());
   const TokenEvent last = grows.Wait();
   EXPECT_EQ(last.finish, FinishReason::kError);
-  EXPECT_EQ(last.error.code(), Code::kTooLarge);
+  EXPECT_EQ(last.error.code(), Code::kResourceExhausted);
   // A tail that grows needs its new place beside the old one: the last 32 tokens' room serves for that.
   EXPECT_GE(grows.tokens().size(), 6u * 64 - 100 - 32);
   modest.Wait();
@@ -359,7 +359,7 @@ TEST(EngineLifecycle, SurvivesACrowd) {
         EXPECT_TRUE(leaves);
         ++cancelled;
       } else if (last.finish == FinishReason::kError) {
-        EXPECT_EQ(last.error.code(), Code::kTooLarge) << last.error.message();
+        EXPECT_EQ(last.error.code(), Code::kResourceExhausted) << last.error.message();
         EXPECT_GT(prompt.size() + listener.tokens().size(), 900u);
       } else {
         EXPECT_EQ(listener.tokens(), FakeModel::Continue(prompt, static_cast<size_t>(max_tokens)));

@@ -203,7 +203,7 @@ void EngineLoop::FailStep(std::string_view what) {
 void EngineLoop::FailForMemory(RequestState* request) {
   Finish(
       request, FinishReason::kError,
-      TooLarge(fmt::format(
+      ResourceExhausted(fmt::format(
           "after {} prompt and {} output tokens the KV cache of {} bytes has no room for the request, even "
           "alone; raise --kv-memory, ask for fewer tokens or choose a policy with fewer bits",
           request->prompt_tokens, request->output_tokens(), memory_->bytes())));

@@ -157,25 +157,28 @@ void Scheduler::MakePlan(Plan* plan) const {
     available += RowsHeld(*sequence);
     plan->preempt.push_back(sequence);
   };
+  // Only where nothing can make room any more: not those that are preempted, nor blocks that grew older.
+  const auto may_fail = [&] { return plan->preempt.empty() && cache_->ageing() == 0; };
   if (stuck_) {  // what was counted as free could not be had
     if (staying > 1) {
       preempt_last();
-    } else if (staying == 1) {
+    } else if (staying == 1 && may_fail()) {
       plan->fail = running_[0];
       return;
     }
   }
 
+  bool short_of_memory = false;
   for (size_t i = 0; i < staying; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() != 1) continue;
     const int64_t rows = RowsFor(*sequence, 1);
     while (rows > available && staying > i + 1) preempt_last();
     if (rows > available) {
-      // What was preempted may bring more than it was counted for: blocks that several of them shared.
+      short_of_memory = true;
       if (i > 0) {
         preempt_last();
-      } else if (plan->preempt.empty()) {
+      } else if (may_fail()) {
         plan->fail = sequence;
       }
       break;
@@ -185,7 +188,7 @@ void Scheduler::MakePlan(Plan* plan) const {
     plan->rows.push_back({sequence, sequence->computed, 1});
   }
 
-  bool short_of_memory = !plan->preempt.empty() || plan->fail != nullptr;
+  short_of_memory = short_of_memory || !plan->preempt.empty();
   for (size_t i = 0; i < staying && budget > 0 && plan->fail == nullptr; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() == 1) continue;
@@ -203,7 +206,7 @@ void Scheduler::MakePlan(Plan* plan) const {
   }
 
   if (!short_of_memory) PlanAdmissions(available, budget, plan);
-  if (plan->rows.empty() && plan->preempt.empty() && plan->fail == nullptr) {
+  if (plan->rows.empty() && plan->fail == nullptr && may_fail()) {
     if (staying > 1) {
       preempt_last();
     } else if (staying == 1) {
@@ -212,7 +215,8 @@ void Scheduler::MakePlan(Plan* plan) const {
   }
 }
 
-// False if it has to wait, and with it all behind it.
+// False if it has to wait, and with it all behind it. Where nobody runs there is nothing to wait for: what is
+// predicted is not what it takes once the blocks that it shares are its own and may grow older.
 bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* budget, Plan* plan) const {
   const KvMatch match = cache_->Match(sequence->prompt());
   if (sequence->predicted_rows < 0 || sequence->predicted_begin != match.begin) {
@@ -221,18 +225,15 @@ bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* b
     sequence->predicted_begin = match.begin;
   }
   const int64_t rows = sequence->predicted_rows + match.idle_rows;
-  if (rows > *available) {
-    if (!running_.empty() || !plan->rows.empty()) return false;
-    *available = 0;
-    plan->rows.push_back({sequence, match.begin, 0});
-    return true;
-  }
+  const bool fits = rows <= *available;
+  if (!fits && !(running_.empty() && plan->rows.empty())) return false;
   *available -= rows;
   const auto tokens = static_cast<int32_t>(sequence->kv_tokens.size());
   // What may wake is not computed before it had its chance: then the rows come with the next plan.
   const bool may_wake =
       backing_->asleep() && match.begin + kBlockTokens < tokens && !sequence->admitted_before;
-  const int32_t count = may_wake ? 0 : std::min({tokens - match.begin, match.stop - match.begin, *budget});
+  const int32_t count =
+      may_wake || !fits ? 0 : std::min({tokens - match.begin, match.stop - match.begin, *budget});
   *budget -= count;
   plan->rows.push_back({sequence, match.begin, count});
   return true;
@@ -317,20 +318,20 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
   if (cache_->free_rows() < rows + low) cache_->Reclaim(rows + high, &step->converts, sleep_);
 }
 
-// It waits until nothing can throw any more.
 void Scheduler::Admit(Sequence* sequence) {
   if (backing_->asleep() && !sequence->admitted_before) Wake(*sequence);
   sequence->cache_id = cache_->CreateSequence(sequence->prompt());
-  sequence->computed = cache_->Length(sequence->cache_id);
-  if (!std::exchange(sequence->admitted_before, true)) {
-    sequence->cached_tokens = cache_->MatchedTokens(sequence->cache_id);
-  }
+  // Nothing from here on throws: it waits, or it runs.
   if (std::erase(preempted_, sequence) == 0) {
     // The plan follows the queue's order, so it is its tenant's first.
     CHECK(sequence == sequence->account->waiting.front());
     sequence->account->waiting.pop_front();
   }
   --waiting_;
+  sequence->computed = cache_->Length(sequence->cache_id);
+  if (!std::exchange(sequence->admitted_before, true)) {
+    sequence->cached_tokens = cache_->MatchedTokens(sequence->cache_id);
+  }
   InsertInOrder(&running_, sequence);
 }
 
@@ -339,11 +340,11 @@ void Scheduler::Admit(Sequence* sequence) {
 void Scheduler::Wake(const Sequence& sequence) {
   const KvPrompt prompt = sequence.prompt();
   KvCache::Waking waking = cache_->BeginWaking(prompt);
-  const struct End {
+  struct End {
     KvCache* cache;
-    const KvCache::Waking* waking;
-    ~End() { cache->EndWaking(*waking); }
-  } end{cache_, &waking};  // also when a block cannot be read for want of memory
+    const KvCache::Waking& waking;
+    ~End() { cache->EndWaking(waking); }
+  } const end{cache_, waking};
   std::array<ContentId, kBlockTokens> contents;
   while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < prompt.tokens.size()) {
     const std::span<const KvToken> tokens = TokensOf(sequence, waking.blocks * kBlockTokens, kBlockTokens);

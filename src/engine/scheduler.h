@@ -6,15 +6,15 @@
 //  1. Sequences that wait for one token (decode) get their row: higher priority first, then older first. If
 //     even what can be reclaimed has no room for a row's growth, the last of them is preempted: it gives up
 //     its blocks (which stay cached while there is room) and is prefilled again later, output included. If
-//     only the first is left and still does not fit, it fails.
+//     the first is left alone in a later plan and still does not fit, it fails.
 //  2. The rest of the step goes to the prefill of running sequences in the same order, in chunks; a chunk
 //     shrinks to what the arena takes.
 //  3. Waiting sequences are admitted by predicted bytes: by priority; those that were preempted before new
 //     ones; then the API key that has been served least, and its requests in order of arrival. None overtakes
-//     one that does not fit. Nobody is admitted in a step that ran short of memory. Who would be alone is
-//     admitted whatever is predicted, since predictions are careful.
-//  4. If all this yields nothing, the last running sequence is preempted, or what runs alone fails: every
-//     plan makes progress.
+//     one that does not fit. Nobody is admitted in a step that ran short of memory. Where nobody runs, the
+//     first is admitted whatever was predicted.
+//  4. If all this yields nothing and no block waits to be re-quantized for its age, the last running sequence
+//     is preempted, or what is alone fails: every plan makes progress.
 // Room is made in the order that KvCache::Reclaim says.
 #ifndef TRIAXIAL_ENGINE_SCHEDULER_H_
 #define TRIAXIAL_ENGINE_SCHEDULER_H_
@@ -100,7 +100,7 @@ struct Plan {
   };
   std::vector<Rows> rows;          // one that is not running is to be admitted
   std::vector<Sequence*> preempt;  // before anything else
-  Sequence* fail = nullptr;        // runs alone and does not fit
+  Sequence* fail = nullptr;        // runs, has the arena to itself and does not fit
   void Clear();
 };
 

@@ -44,7 +44,7 @@ struct KvMatch {
   int32_t begin = 0;      // leading tokens that are there
   int32_t stop = 0;       // where the next cached run begins behind `begin`; the prompt's end if none does
   int32_t tokens = 0;     // in all runs
-  int64_t idle_rows = 0;  // unit rows of those blocks before `begin` that no sequence uses now
+  int64_t idle_rows = 0;  // unit rows of the blocks before `begin` that no sequence uses now
 };
 
 // What committing an append will do, for the kernels. Capacity is kept between steps.
@@ -116,8 +116,9 @@ class KvCache {
   // Likewise up to `blocks`, cheapest loss per byte first, while complete blocks have more bits than the
   // budget and fill more than half of the arena.
   void KeepBudget(int blocks, std::vector<KvConvert>* converts);
-  // Rows that Reclaim can bring: of blocks that nobody uses, and of blocks above their floor.
-  int64_t ReclaimableRows() const { return cached_rows_ + slack_rows_; }
+  // Rows that Reclaim can bring: of blocks that nobody uses, nor any behind them, and of others above their
+  // floor.
+  int64_t ReclaimableRows() const { return slack_rows_; }
   static constexpr double kPatience = 8;
   // Puts all blocks that nobody uses to rest; they stay.
   void SleepAll(const Sleep& sleep);
@@ -228,6 +229,8 @@ class KvCache {
   void MoveTo(Sequence* sequence, NodeId node);
   void Pin(NodeId node);
   void Unpin(NodeId node);
+  void Need(NodeId node);
+  void NoLongerNeed(NodeId node);
   void Adopt(Sequence* sequence);
   void MeetNeed(const Sequence& sequence, BlockId b, std::span<const KvToken> tokens);
   void EnterTree(SequenceId id, Sequence* sequence);

@@ -100,7 +100,22 @@ Status KvCache::CheckTree() const {
   for (const auto& [id, sequence] : sequences_) {
     if (sequence.node != kNoNode) ++pins[sequence.node];
   }
+  std::map<NodeId, int32_t> reasons = pins;
   tree_.ForEach([&](NodeId node) {
+    if (!tree_.is_root(node) && block(tree_.block(node)).users > 0) ++reasons[node];
+  });
+  std::vector<NodeId> needed;
+  for (const auto& [node, count] : reasons) needed.push_back(node);
+  while (!needed.empty()) {
+    const NodeId parent = tree_.parent(needed.back());
+    needed.pop_back();
+    if (parent != kNoNode && ++reasons[parent] == 1) needed.push_back(parent);
+  }
+  tree_.ForEach([&](NodeId node) {
+    if (tree_.reasons(node) != reasons[node]) {
+      status = Internal("node " + std::to_string(node) + " counts " + std::to_string(tree_.reasons(node)) +
+                        " reasons to stay, found " + std::to_string(reasons[node]));
+    }
     if (tree_.children(node) != children[node] || tree_.pins(node) != pins[node]) {
       status = Internal("node " + std::to_string(node) + " counts " + std::to_string(tree_.children(node)) +
                         " children and " + std::to_string(tree_.pins(node)) + " pins, found " +
@@ -126,6 +141,9 @@ Status KvCache::CheckTree() const {
       cached_tokens += b.tokens;
     }
     slack_rows += b.slack;
+    if (b.node != kNoNode && !tree_.needed(b.node) && b.slack != Units(b)) {
+      return Internal("block " + std::to_string(i) + " is nobody's and does not count as reclaimable");
+    }
     if (b.slope >= 0) {
       ++demotable;
       if (!demotable_.contains({b.slope, id})) return Internal("a block to demote is not listed");
@@ -150,7 +168,7 @@ Status KvCache::CheckTree() const {
     return Internal("cached blocks have " + std::to_string(cached_rows) + " rows, counted are " +
                     std::to_string(cached_rows_));
   }
-  if (slack_rows != slack_rows_) return Internal("the rows above the floors are miscounted");
+  if (slack_rows != slack_rows_) return Internal("the rows that can be reclaimed are miscounted");
   return OkStatus();
 }
 

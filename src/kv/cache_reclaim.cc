@@ -38,10 +38,11 @@ void KvCache::Reorder(BlockId id) {
     if (next.to != b.format) {
       b.slope = next.slope;
       demotable_.emplace(b.slope, id);
-      if (b.users > 0) b.slack = FloorRows(b);
-      slack_rows_ += b.slack;
+      b.slack = FloorRows(b);
     }
   }
+  if (b.node != kNoNode && !tree_.needed(b.node)) b.slack = Units(b);
+  slack_rows_ += b.slack;
   if (b.node != kNoNode && b.users == 0 && tree_.free_to_go(b.node)) {
     b.value = b.last_value;
     evictable_.emplace(b.value, id);

@@ -133,6 +133,7 @@ void KvCache::Hold(SequenceId id, BlockId b) {
     cached_rows_ -= Units(held);
     cached_tokens_ -= held.tokens;
   }
+  if (held.users == 0 && held.node != kNoNode) Need(held.node);
   ++held.users;
   held.holders.push_back(id);
   Reorder(b);
@@ -151,6 +152,7 @@ void KvCache::Release(SequenceId id, BlockId b, bool in_step) {
     held.last_value = ValueOf(held);
     cached_rows_ += Units(held);
     cached_tokens_ += held.tokens;
+    NoLongerNeed(held.node);
   }
   Reorder(b);
 }
@@ -164,13 +166,34 @@ void KvCache::MoveTo(Sequence* sequence, NodeId node) {
 
 void KvCache::Pin(NodeId node) {
   tree_.Pin(node);
+  Need(node);
   if (const BlockId b = tree_.block(node); b != kNoBlock) Reorder(b);
 }
 
 void KvCache::Unpin(NodeId node) {
   const BlockId b = tree_.block(node);
+  NoLongerNeed(node);
   tree_.Unpin(node);  // a root may go
   if (b != kNoBlock) Reorder(b);
+}
+
+// One reason more that a node must stay, and with it those above. Its own block is the caller's to reorder.
+void KvCache::Need(NodeId node) {
+  bool changed = tree_.AddReason(node);
+  while (changed && !tree_.is_root(node)) {
+    node = tree_.parent(node);
+    changed = tree_.AddReason(node);
+    if (changed && !tree_.is_root(node)) Reorder(tree_.block(node));
+  }
+}
+
+void KvCache::NoLongerNeed(NodeId node) {
+  bool changed = tree_.DropReason(node);
+  while (changed && !tree_.is_root(node)) {
+    node = tree_.parent(node);
+    changed = tree_.DropReason(node);
+    if (changed && !tree_.is_root(node)) Reorder(tree_.block(node));
+  }
 }
 
 // Takes hold of the matched run that begins where the sequence has got to.
@@ -198,6 +221,7 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
     } else if (child == kNoNode) {
       child = tree_.AddChild(sequence->node, contents, own);
       block(own).node = child;
+      Need(child);
     } else if (const BlockId known = tree_.block(child); known != own) {
       if (block(known).format >= block(own).format) {
         block(known).need.Merge(block(own).need);
@@ -212,6 +236,7 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
           cached_rows_ -= Units(worse);
           cached_tokens_ -= worse.tokens;
           FreeBlock(known, /*in_step=*/false);
+          Need(child);
         } else {
           Reorder(known);
         }

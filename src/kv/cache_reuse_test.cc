@@ -189,6 +189,32 @@ TEST(CacheReuse, AFloorComputesOnlyTheBlocksBelowIt) {
   EXPECT_EQ(world.Formats(c), "k4v4 k4v4 k4v4 bf16") << "the better block is the one that is found";
 }
 
+TEST(CacheReuse, IdleRowsAreThoseOfTheFirstRunAlone) {
+  World world;
+  const std::vector<KvToken> prompt = Text(64, 0, kTag4) + Text(64, 100, kTag2) + Text(74, 200, kTag4);
+  const SequenceId a = world.Run(prompt);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt}).idle_rows, 0);
+  world.cache.FreeSequence(a);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt}).idle_rows, 18 + 10 + 18);
+  EXPECT_EQ(world.cache.Match({.salt = "", .tokens = prompt, .min_format = k4}).idle_rows, 18)
+      << "whoever predicts what comes behind the first run counts the others";
+}
+
+TEST(CacheReuse, ABlockInFrontOfOneInUseCannotBeReclaimed) {
+  World world;
+  const std::vector<KvToken> prompt = Text(64, 0, kTag4) + Text(64, 100, kTag2) + Text(74, 200, kTag4);
+  world.cache.FreeSequence(world.Run(prompt));
+  EXPECT_EQ(world.cache.ReclaimableRows(), 18 + 10 + 18);
+  const SequenceId b = world.cache.CreateSequence({.salt = "", .tokens = prompt, .min_format = k4});
+  EXPECT_EQ(world.cache.cached_rows(), 10) << "b computes the second block again";
+  EXPECT_EQ(world.cache.ReclaimableRows(), 0) << "but the third, which it has, hangs on it";
+  EXPECT_EQ(world.Reclaim(1000), 1000 - 18 - 10 - 18);
+  world.Check();
+  world.cache.FreeSequence(b);
+  EXPECT_EQ(world.cache.ReclaimableRows(), 18 + 10 + 18);
+  EXPECT_EQ(world.Reclaim(1000), 1000);
+}
+
 TEST(CacheReuse, BlocksGrowOldInPlaceWhenAConversationMovesOn) {
   World world;
   const std::vector<KvToken> turn = Text(200, 0, kTag4);

@@ -233,9 +233,13 @@ class Simulation {
       const int64_t wanted = Below(static_cast<int>(cache_.total_rows() / 2) + 1);
       const size_t before = converts.size();
       const int64_t could = cache_.free_rows() + cache_.ReclaimableRows();
-      const int64_t free = cache_.Reclaim(wanted, Below(4) == 0 ? nullptr : &converts, Sleep());
+      const bool converts_too = Below(4) != 0;
+      const int64_t free = cache_.Reclaim(wanted, converts_too ? &converts : nullptr, Sleep());
       EXPECT_EQ(free, cache_.free_rows());
       EXPECT_LE(free, could);
+      if (converts_too) {
+        EXPECT_GE(free, std::min(wanted, could)) << "what was promised";
+      }
       demoted += static_cast<int64_t>(converts.size() - before);
     }
     std::vector<std::pair<KvStore, std::vector<Truth>>> stores;

@@ -53,6 +53,12 @@ class PrefixTree {
   // A root without anything left goes.
   void Unpin(NodeId id);
   int32_t pins(NodeId id) const { return node(id).pins; }
+  // Reasons why a node and those above it must stay, kept by the cache: its pins, sequences that hold its
+  // block (one reason for all), and each child that is needed. True if the node's being needed changed.
+  bool AddReason(NodeId id) { return nodes_[Index(id)].reasons++ == 0; }
+  bool DropReason(NodeId id) { return --nodes_[Index(id)].reasons == 0; }
+  int32_t reasons(NodeId id) const { return node(id).reasons; }
+  bool needed(NodeId id) const { return node(id).reasons > 0; }
   // The block's name at rest; `contents_of` gives the contents of a node's block.
   template <typename ContentsOf>
   BlockKey Key(NodeId id, const ContentsOf& contents_of) {
@@ -74,6 +80,7 @@ class PrefixTree {
     BlockId block = kNoBlock;
     int32_t children = 0;
     int32_t pins = 0;
+    int32_t reasons = 0;
     uint64_t key_of_index = 0;
     bool alive = false;
     bool found = false;           // in the index

@@ -18,7 +18,7 @@ namespace triaxial::cuda {
 namespace {
 
 constexpr int kRows = 4096;  // unit rows of the cache
-constexpr ClipRatios kClip = {0.92f, 0.85f};
+constexpr ClipRatios kClip = {0.92f, 0.85f, 1.2f, 1.35f};
 
 struct Case {
   KvGeometry geometry;
@@ -108,6 +108,18 @@ class Twin {
       }
       EncodeBlockScalar(g_, convert.to, kClip, sides[0].data(), sides[1].data(), g_.head_dim, kBlockTokens,
                         out.data() + h * to_head);
+      // A side whose bits stay is copied.
+      for (const Side side : {Side::kK, Side::kV}) {
+        const int bits = Bits(convert.from, side);
+        if (bits != Bits(convert.to, side)) continue;
+        const auto at = [&](Format f, int head_bytes) {
+          const int before =
+              side == Side::kK ? 0 : SideSize(g_.codec, g_.head_dim, Bits(f, Side::kK), kBlockTokens);
+          return h * head_bytes + before;
+        };
+        std::memcpy(out.data() + at(convert.to, to_head), in.data() + at(convert.from, from_head),
+                    static_cast<size_t>(SideSize(g_.codec, g_.head_dim, bits, kBlockTokens)));
+      }
     }
     CudaFromCpu(g_, convert.to, kBlockTokens, out.data(), At(layer, convert.to_row));
   }

@@ -140,6 +140,12 @@ class RecordTest(unittest.TestCase):
             answered = sum(message["role"] == "assistant" for line in lines for message in line["messages"])
             self.assertEqual(replayed["policies"][0]["finished"], answered)
 
+    def test_the_default_policy_is_the_checkpoints_own(self):
+        for args, policy in (((), "pocket-agent"), (("--kv-codec", "paper"), "paper"), (("--kv-policy", "int4"), "int4")):
+            tagged = subprocess.run([BINARY, "tag", "--prompt", "Hello", "--json", *args], capture_output=True, check=True,
+                                    timeout=60).stdout
+            self.assertEqual(json.loads(tagged)["policy"], policy, args)
+
     def test_options_that_make_no_sense(self):
         for args, mentions in ((("--record", "/nowhere/chats.jsonl"), "/nowhere/chats.jsonl"),
                                (("--record", "/dev/null"), "regular file"),
@@ -148,7 +154,7 @@ class RecordTest(unittest.TestCase):
                                (("--kv-disk-bytes", "1G"), "--kv-disk-dir"),
                                (("--kv-disk-dir", "sessions", "--kv-disk-bytes", "0"), "--kv-disk-bytes"),
                                (("--kv-host-bytes", "much"), "--kv-host-bytes"),
-                               (("--kv-budget-bits", "3"), "--kv-budget-bits"),
+                               (("--kv-policy", "paper", "--kv-budget-bits", "3"), "--kv-budget-bits"),
                                (("--kv-budget-bits", "-1"), "--kv-budget-bits"),
                                (("--max-queued", "0"), "--max-queued"),
                                (("--request-timeout", "-1"), "--request-timeout")):

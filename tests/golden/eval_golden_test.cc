@@ -63,6 +63,40 @@ TEST(RecordedSteps, AreWhatTheServerWouldBeAskedAndTheModelWouldSay) {
   EXPECT_EQ(first.prompt.images[0].patches.get(), recorded->steps[5].prompt.images[0].patches.get());
 }
 
+TEST(RecordedSteps, OthersStandInFrontAndAreOnlyRead) {
+  const RecordedFile own = Recorded(3);
+  RecordedFile file = own;
+  const RecordedConversation alone = PrepareRecorded(Served(), file, 0).value();
+  ASSERT_TRUE(PutBehind(2, &file).ok());
+  const RecordedConversation behind = PrepareRecorded(Served(), file, 0).value();
+  ASSERT_EQ(behind.steps.size(), alone.steps.size());
+  EXPECT_EQ(behind.id, alone.id);
+  const std::string prompt = Text(behind.steps[0].prompt.tokens);
+  const auto place = [&](size_t line, const char* role) {
+    for (const Json& message : own.lines[line]["messages"]) {
+      if (message["role"] != role) continue;
+      const Json& content = message["content"];
+      const std::string text =
+          content.is_string() ? content.get<std::string>() : content.back()["text"].get<std::string>();
+      return prompt.find(text);
+    }
+    return std::string::npos;
+  };
+  // Its own system prompt alone, then the questions of the second, the third, and its own.
+  EXPECT_NE(place(0, "system"), std::string::npos);
+  EXPECT_EQ(place(1, "system"), std::string::npos);
+  EXPECT_LT(place(0, "system"), place(1, "user"));
+  EXPECT_LT(place(1, "user"), place(2, "user"));
+  EXPECT_LT(place(2, "user"), place(0, "user"));
+  EXPECT_NE(place(0, "user"), std::string::npos);
+  for (size_t i = 0; i < alone.steps.size(); ++i) {
+    EXPECT_EQ(behind.steps[i].output, alone.steps[i].output) << i;
+    EXPECT_GT(behind.steps[i].prompt.tokens.size(), alone.steps[i].prompt.tokens.size() + 1000) << i;
+  }
+  RecordedFile small = Recorded(2);
+  EXPECT_EQ(PutBehind(2, &small).code(), Code::kInvalidArgument);
+}
+
 TEST(RecordedSteps, BadFilesGetAnAnswer) {
   const std::string path = (std::filesystem::temp_directory_path() / "triaxial_recorded.jsonl").string();
   const auto load = [&](const std::string& text) {
@@ -108,9 +142,13 @@ Evaluation EvaluateHeldout(const std::string& policies, size_t conversations, co
 }
 
 TEST(Evaluate, Bf16AgreesWithItselfAndFewBitsCostLittle) {
-  const Evaluation evaluation = EvaluateHeldout("bf16,int4,int2@paper", 2, {});
-  ASSERT_EQ(evaluation.policies.size(), 3u);
-  const Fidelity& bf16 = evaluation.policies[0].fidelity;
+  const Evaluation evaluation = EvaluateHeldout("bf16,int4,int2@paper,bf16@rotated", 2, {});
+  ASSERT_EQ(evaluation.policies.size(), 4u);
+  // Run beside the others; `bf16` is the reference itself.
+  const Fidelity& bf16 = evaluation.policies[3].fidelity;
+  EXPECT_LT(evaluation.policies[0].fidelity.kl_mean, 1e-10);
+  EXPECT_EQ(evaluation.policies[0].fidelity.kv_bytes, bf16.kv_bytes);
+  EXPECT_EQ(evaluation.policies[0].fidelity.all_exact, bf16.all_exact);
   EXPECT_EQ(bf16.top1_agreement, 1);
   EXPECT_LT(bf16.kl_mean, 1e-7);
   EXPECT_EQ(bf16.action_match, 1);
