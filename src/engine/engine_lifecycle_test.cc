@@ -78,6 +78,82 @@ TEST(EngineLifecycle, CancelsInEveryPhase) {
   ExpectEmpty(engine.get());
 }
 
+TEST(EngineLifecycle, CancelsWhileBlocksAreDemoted) {
+  std::promise<void> converting;
+  std::promise<void> released;
+  bool first = true;
+  auto model = std::make_unique<FakeModel>();
+  model->on_forward = [&](const Batch& batch) {
+    if (batch.converts.empty() || !std::exchange(first, false)) return;
+    converting.set_value();
+    released.get_future().wait_for(kPatience);
+  };
+  EngineOptions options;
+  options.policy = PolicyWithWindow();
+  options.kv_memory = Bf16Blocks(100);
+  const std::unique_ptr<Engine> engine = Start(std::move(model), options);
+  Listener leaves, stays;
+  const std::vector<int32_t> prompt = RandomTokens(150, 1), other = RandomTokens(150, 2);
+  Request request = RequestOf(prompt, 0);
+  request.sampling.ignore_eos = true;
+  const RequestId id = Submit(engine.get(), std::move(request), &leaves).value();
+  leaves.WaitForTokens(1);
+  ASSERT_TRUE(Submit(engine.get(), RequestOf(other, 150), &stays).ok());
+  ASSERT_EQ(converting.get_future().wait_for(kPatience), std::future_status::ready);
+  engine->Cancel(id);
+  released.set_value();
+  EXPECT_EQ(leaves.Wait().finish, FinishReason::kCancelled);
+  stays.Wait();
+  EXPECT_EQ(stays.tokens(), FakeModel::Continue(other, 150));
+  ExpectEmpty(engine.get());
+}
+
+TEST(EngineLifecycle, CancelsWhileBlocksWake) {
+  auto gate = std::make_shared<Gate>();
+  std::atomic<bool> gated = false;
+  int steps = 0;
+  auto model = std::make_unique<FakeModel>();
+  model->on_forward = [&](const Batch&) {
+    if (gated) gate->Pass();
+    ++steps;
+  };
+  EngineOptions options;
+  options.policy = PolicyNamed("bf16");
+  options.kv_memory = Bf16Blocks(20);
+  options.store.host_bytes = Bf16Blocks(100);
+  const std::unique_ptr<Engine> engine = Start(std::move(model), options);
+  const auto run = [&](const std::vector<int32_t>& prompt) {
+    Listener listener;
+    ASSERT_TRUE(Submit(engine.get(), RequestOf(prompt, 1), &listener).ok());
+    EXPECT_EQ(listener.Wait().error.message(), "");
+  };
+  const std::vector<int32_t> prompt = RandomTokens(600, 1);
+  run(prompt);
+  for (uint32_t seed = 2; seed < 5; ++seed) run(RandomTokens(900, seed));  // they put it to sleep
+  ASSERT_GT(engine->Snapshot().store.host_blocks, 0);
+
+  Listener runs, wakes, again;
+  gated = true;
+  Request endless = RequestOf({1, 2, 3}, 100);
+  endless.sampling.ignore_eos = true;
+  ASSERT_TRUE(Submit(engine.get(), std::move(endless), &runs).ok());
+  gate->WaitForStep(1);
+  const RequestId id = Submit(engine.get(), RequestOf(prompt, 5), &wakes).value();
+  gate->Open(1);
+  gate->WaitForStep(2);  // it is admitted, its blocks woke, and nothing of it is computed
+  engine->Cancel(id);
+  gate->OpenForGood();
+  const TokenEvent last = wakes.Wait();
+  EXPECT_EQ(last.finish, FinishReason::kCancelled);
+  EXPECT_EQ(last.stats.cached_tokens, 576);
+  EXPECT_EQ(engine->Snapshot().store.woken, 9);
+  EXPECT_EQ(runs.Wait().finish, FinishReason::kLength);
+  ASSERT_TRUE(Submit(engine.get(), RequestOf(prompt, 20), &again).ok());
+  EXPECT_EQ(again.Wait().stats.cached_tokens, 576) << "what woke is still there";
+  EXPECT_EQ(again.tokens(), FakeModel::Continue(prompt, 20));
+  ExpectEmpty(engine.get());
+}
+
 TEST(EngineLifecycle, LongPrefillDoesNotStopDecoding) {
   auto model = std::make_unique<FakeModel>();
   std::vector<int32_t> rows_of_first;  // of the first sequence in each step

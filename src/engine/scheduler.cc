@@ -70,29 +70,47 @@ Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* b
   };
 }
 
-void Scheduler::Enqueue(Sequence* sequence) {
-  Class& tenants = classes_[sequence->priority];
-  const auto [entry, is_new] = tenants.try_emplace(sequence->tenant);
-  Tenant& tenant = entry->second;
-  if (is_new) {
-    double least = std::numeric_limits<double>::infinity();
-    for (const auto& [name, other] : tenants) {
-      if (&other != &tenant) least = std::min(least, other.served);
-    }
-    if (tenants.size() > 1) tenant.served = least;
+Tenant* TenantClass::Arrive(const std::string& name) {
+  RaiseLevel();
+  Tenant& tenant = tenants_[name];
+  if (tenant.requests++ == 0) {
+    tenant.served = std::max(tenant.served, level_);
+    ++present_;
   }
-  sequence->account = &tenant;
-  ++tenant.requests;
-  tenant.waiting.push_back(sequence);
-  ++waiting_;
+  return &tenant;
 }
 
-// Its tenant goes with its last request.
-void Scheduler::LeaveTenant(Sequence* sequence) {
-  if (--std::exchange(sequence->account, nullptr)->requests > 0) return;
-  const auto tenants = classes_.find(sequence->priority);
-  tenants->second.erase(sequence->tenant);
-  if (tenants->second.empty()) classes_.erase(tenants);
+// Who would start at the level anyway needs no memory; of the others the least served are forgotten first.
+void TenantClass::Leave(Tenant* tenant) {
+  if (--tenant->requests > 0) return;
+  if (--present_ == 0) {
+    level_ = std::max(level_, tenant->served);
+  } else {
+    RaiseLevel();
+  }
+  std::erase_if(tenants_,
+                [this](const auto& t) { return t.second.requests == 0 && t.second.served <= level_; });
+  if (tenants_.size() - present_ <= kRemembered) return;
+  auto least = tenants_.end();
+  for (auto t = tenants_.begin(); t != tenants_.end(); ++t) {
+    if (t->second.requests > 0) continue;
+    if (least == tenants_.end() || t->second.served < least->second.served) least = t;
+  }
+  tenants_.erase(least);
+}
+
+void TenantClass::RaiseLevel() {
+  double least = std::numeric_limits<double>::infinity();
+  for (const auto& [name, tenant] : tenants_) {
+    if (tenant.requests > 0) least = std::min(least, tenant.served);
+  }
+  if (present_ > 0) level_ = std::max(level_, least);
+}
+
+void Scheduler::Enqueue(Sequence* sequence) {
+  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant);
+  sequence->account->waiting.push_back(sequence);
+  ++waiting_;
 }
 
 void Scheduler::Remove(Sequence* sequence) {
@@ -104,7 +122,7 @@ void Scheduler::Remove(Sequence* sequence) {
     if (std::erase(preempted_, sequence) == 0) std::erase(sequence->account->waiting, sequence);
     --waiting_;
   }
-  LeaveTenant(sequence);
+  classes_[sequence->priority].Leave(std::exchange(sequence->account, nullptr));
 }
 
 int64_t Scheduler::RowsFor(const Sequence& sequence, int32_t count) const {
@@ -239,10 +257,10 @@ void Scheduler::PlanAdmissions(int64_t available, int32_t budget, Plan* plan) co
     size_t next;
   };
   std::vector<Cursor> cursors;
-  for (const auto& [priority, tenants] : classes_) {
+  for (const auto& [priority, tenant_class] : classes_) {
     if (!admit_preempted(priority)) return;
     cursors.clear();
-    for (const auto& [name, tenant] : tenants) {
+    for (const auto& [name, tenant] : tenant_class.tenants()) {
       if (!tenant.waiting.empty()) cursors.push_back({tenant.served, &tenant, 0});
     }
     while (!cursors.empty()) {

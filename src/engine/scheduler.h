@@ -33,12 +33,31 @@
 
 namespace triaxial {
 
-// An API key, while it has requests. Served tokens are counted as in Sheng et al., "Fairness in serving large
-// language models" (VTC): one that comes back starts level with the least served of those that are there.
+// An API key. Served tokens are counted as in Sheng et al., "Fairness in serving large language models"
+// (VTC): one that comes back starts level with the least served of those that are there, unless it was served
+// more.
 struct Tenant {
   std::deque<struct Sequence*> waiting;  // in order of arrival; of one priority class
   int32_t requests = 0;                  // waiting and running
   double served = 0;
+};
+
+// The tenants of a priority class.
+class TenantClass {
+ public:
+  Tenant* Arrive(const std::string& name);  // of a request
+  void Leave(Tenant* tenant);               // one of its requests ended
+  const std::map<std::string, Tenant, std::less<>>& tenants() const { return tenants_; }
+
+  // Tenants without requests that are remembered, those that were served most.
+  static constexpr size_t kRemembered = 256;
+
+ private:
+  void RaiseLevel();
+
+  std::map<std::string, Tenant, std::less<>> tenants_;
+  size_t present_ = 0;  // those with requests
+  double level_ = 0;    // where somebody starts who is not known
 };
 
 // What the scheduler knows of a request: what its tokens are, and how far it got. Owned by the engine.
@@ -130,8 +149,6 @@ class Scheduler {
   static constexpr int kConvertsPerStep = 32;
 
  private:
-  using Class = std::map<std::string, Tenant, std::less<>>;  // by tenant
-
   int64_t RowsFor(const Sequence& sequence, int32_t count) const;
   int64_t RowsHeld(const Sequence& sequence) const;
   int32_t CountNow(const Plan::Rows& rows) const;
@@ -143,15 +160,14 @@ class Scheduler {
   void MakeRoom(const Plan& plan, Step* step);
   bool Append(Sequence* sequence, int32_t count, Step* step);
   void Compact();
-  void LeaveTenant(Sequence* sequence);
 
   SchedulerLimits limits_;
   KvCache* cache_;
   KvBacking* backing_;
-  KvCache::Sleep sleep_;                          // to the backing, if it keeps anything
-  std::vector<Sequence*> running_;                // by priority, then oldest first
-  std::vector<Sequence*> preempted_;              // likewise; they wait, too
-  std::map<int, Class, std::greater<>> classes_;  // by priority: those that wait and were never admitted
+  KvCache::Sleep sleep_;                                // to the backing, if it keeps anything
+  std::vector<Sequence*> running_;                      // by priority, then oldest first
+  std::vector<Sequence*> preempted_;                    // likewise; they wait, too
+  std::map<int, TenantClass, std::greater<>> classes_;  // by priority: who waits and was never admitted
   int32_t waiting_ = 0;
   KvAppend append_;
   std::vector<Sequence*> in_step_;

@@ -109,7 +109,8 @@ class KvCache {
   // of this step. Without `converts` only the second happens, and the rows are free for anything. Only before
   // the step's first Append (CHECK). Returns the free rows.
   int64_t Reclaim(int64_t rows, std::vector<KvConvert>* converts, const Sleep& sleep);
-  // Re-quantizes up to `blocks` of those that wait since their tags grew older, in place, as above.
+  // Re-quantizes up to `blocks` of those that wait since their tags grew older, in place, as above. One in
+  // the recent window of somebody who holds it stays as it is, until it is matched again.
   void AgeBlocks(int blocks, std::vector<KvConvert>* converts);
   int64_t ageing() const { return static_cast<int64_t>(ageing_.size()); }
   // Likewise up to `blocks`, cheapest loss per byte first, while complete blocks have more bits than the
@@ -173,6 +174,7 @@ class KvCache {
     int32_t length = 0;
     NodeId node = kNoNode;  // of the deepest of `blocks` that are in the tree, pinned; none: shares nothing
     Format min_format = Format::kK2V2;
+    int32_t prompt_length = 0;                // what it was created for; may be less than it has come to
     size_t entered = 0;                       // blocks before this one are in the tree
     size_t settled = 0;                       // blocks before this one have left the recent window
     int64_t last_step = 0;                    // in which it was appended to
@@ -237,6 +239,7 @@ class KvCache {
   void Reorder(BlockId id);  // its places among the blocks to demote and to drop
   void Unlist(BlockId id);   // out of both
   double ValueOf(const KvBlock& b) const;
+  bool Recent(const KvBlock& b) const;
   int FloorRows(const KvBlock& b) const;
   void RelaxPrice();
   bool Demote(double limit, Cause cause, std::vector<KvConvert>* converts);

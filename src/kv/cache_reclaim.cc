@@ -101,6 +101,14 @@ int64_t KvCache::Reclaim(int64_t rows, std::vector<KvConvert>* converts, const S
   return allocator_.free_rows();
 }
 
+// Whether somebody who holds it counts its tokens among the newest.
+bool KvCache::Recent(const KvBlock& b) const {
+  return std::any_of(b.holders.begin(), b.holders.end(), [&](SequenceId id) {
+    const Sequence& holder = Find(id);
+    return b.position + kBlockTokens > std::max(holder.length, holder.prompt_length) - needs_.recent_window;
+  });
+}
+
 void KvCache::AgeBlocks(int blocks, std::vector<KvConvert>* converts) {
   CHECK(in_step_.empty());
   while (blocks > 0 && !ageing_.empty()) {
@@ -109,7 +117,7 @@ void KvCache::AgeBlocks(int blocks, std::vector<KvConvert>* converts) {
     KvBlock& b = block(id);
     if (!std::exchange(b.ages, false)) continue;  // it was dropped since
     const Format to = Choose(needs_, b.need, geometry_, price_);
-    if (to >= b.format) continue;
+    if (to >= b.format || Recent(b)) continue;
     ChangeFormat(id, to, Cause::kAge, converts);
     --blocks;
   }

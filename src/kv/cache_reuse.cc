@@ -58,10 +58,10 @@ SequenceId KvCache::CreateSequence(const KvPrompt& prompt) {
   const SequenceId id = next_id_++;
   Sequence& sequence = sequences_[id];
   sequence.min_format = prompt.min_format;
+  sequence.prompt_length = static_cast<int32_t>(prompt.tokens.size());
   NodeId node = tree_.AddRoot(prompt.salt);
   MoveTo(&sequence, node);
   const size_t count = BlocksToMatch(prompt);
-  const auto window_begin = static_cast<int64_t>(prompt.tokens.size()) - needs_.recent_window;
   for (size_t b = 0; b < count; ++b) {
     const std::span<const KvToken> tokens = BlockTokens(prompt, b);
     node = ChildOf(node, tokens);
@@ -72,8 +72,7 @@ SequenceId KvCache::CreateSequence(const KvPrompt& prompt) {
     Hold(id, found);
     sequence.ahead.push_back(found);
     KvBlock& held = block(found);
-    const bool recent = static_cast<int64_t>((b + 1) * kBlockTokens) > window_begin;
-    if (recent || held.ages || Choose(needs_, held.need, geometry_, price_) >= held.format) continue;
+    if (held.ages || Choose(needs_, held.need, geometry_, price_) >= held.format) continue;
     held.ages = true;
     ageing_.push_back(found);
   }

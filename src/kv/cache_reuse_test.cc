@@ -252,6 +252,31 @@ TEST(CacheReuse, BlocksGrowOldInPlaceWhenAConversationMovesOn) {
             3);
 }
 
+TEST(CacheReuse, ABlockInSomebodysRecentWindowDoesNotAge) {
+  TagNeeds needs = TagNeeds::ByIndex();
+  needs.recent_window = 100;
+  World world(2000, needs);
+  const std::vector<KvToken> shared = Text(200, 0, kTag2);
+  const SequenceId young = world.Run(shared);
+  const SequenceId longer = world.Run(shared + Text(300, 1000, kTag2));
+  EXPECT_EQ(world.begun, 192);
+  EXPECT_GT(world.cache.ageing(), 0) << "its own window is far behind them";
+  std::vector<KvConvert> converts;
+  world.cache.AgeBlocks(10, &converts);
+  EXPECT_TRUE(converts.empty());
+  EXPECT_EQ(world.Formats(young), "k2v2 bf16 bf16 bf16");
+  EXPECT_EQ(world.cache.ageing(), 0) << "else the engine would never be idle";
+  world.cache.FreeSequence(young);
+  world.cache.FreeSequence(longer);
+  const std::vector<KvToken> next = shared + Text(400, 1000, kTag2);
+  const SequenceId id = world.cache.CreateSequence({.salt = "", .tokens = next});
+  world.cache.AgeBlocks(10, &converts);
+  EXPECT_EQ(converts.size(), 3u) << "and the last one of the longer sequence";
+  world.cache.FinishStep();
+  EXPECT_EQ(world.Formats(id), "k2v2 k2v2 k2v2 k2v2 k2v2 k2v2 k2v2");
+  world.Check();
+}
+
 TEST(CacheReuse, ABlockKeepsWhatItsMostDemandingUserNeeds) {
   World world;
   const std::vector<KvToken> shared = Text(128, 0, kTag4);
