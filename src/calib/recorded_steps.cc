@@ -3,10 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <utility>
-
-#include "text/conversation_file.h"
 
 namespace triaxial {
 namespace {
@@ -112,21 +109,14 @@ Result<RecordedStep> MakeStep(const Renderer& renderer, size_t m) {
 }  // namespace
 
 Result<RecordedFile> LoadRecorded(const std::string& path, const std::string& images, size_t limit) {
-  RecordedFile file{
-      path, images.empty() ? std::filesystem::path(path).parent_path().string() : images, {}, {}};
   ASSIGN_OR_RETURN(const ConversationFile recorded, ConversationFile::Open(path, images));
-  ASSIGN_OR_RETURN(std::vector<ConversationLine> lines, recorded.ReadAll(limit));
-  for (ConversationLine& line : lines) {
-    const bool named = line.id != line.where;
-    file.lines.push_back({{"id", named ? Json(std::move(line.id)) : Json()},
-                          {"messages", std::move(line.messages)},
-                          {"tools", std::move(line.tools)}});
-  }
+  RecordedFile file{path, {}, {}};
+  ASSIGN_OR_RETURN(file.lines, recorded.ReadAll(limit));
   return file;
 }
 
 Status PutBehind(size_t count, RecordedFile* file) {
-  const std::vector<Json> own = file->lines;
+  const std::vector<ConversationLine> own = file->lines;
   if (count >= own.size()) {
     return InvalidArgument(fmt::format("{} holds {} conversations, so that none has {} others before it",
                                        file->path, own.size(), count));
@@ -137,29 +127,28 @@ Status PutBehind(size_t count, RecordedFile* file) {
   file->history.assign(own.size(), 0);
   for (size_t i = 0; i < own.size(); ++i) {
     Json messages = Json::array();
-    for (const Json& message : own[i]["messages"]) {
+    for (const Json& message : own[i].messages) {
       if (is_system(message)) messages.push_back(message);
     }
     for (size_t before = count; before > 0; --before) {
-      for (const Json& message : own[(i + own.size() - before) % own.size()]["messages"]) {
+      for (const Json& message : own[(i + own.size() - before) % own.size()].messages) {
         if (!is_system(message)) messages.push_back(message);
       }
     }
     file->history[i] = messages.size();
-    for (const Json& message : own[i]["messages"]) {
+    for (const Json& message : own[i].messages) {
       if (!is_system(message)) messages.push_back(message);
     }
-    file->lines[i]["messages"] = std::move(messages);
+    file->lines[i].messages = std::move(messages);
   }
   return OkStatus();
 }
 
 Result<RecordedConversation> PrepareRecorded(const ServedModel& model, const RecordedFile& file,
                                              size_t line) {
-  const Json& json = file.lines[line];
+  const ConversationLine& own = file.lines[line];
   RecordedConversation recorded;
-  const auto id = json.find("id");
-  recorded.id = id != json.end() && id->is_string() ? id->get<std::string>() : fmt::format("#{}", line + 1);
+  recorded.id = own.id != own.where ? own.id : fmt::format("#{}", line + 1);
   const auto fail = [&](const Status& status, const std::string& where = "") {
     return Status(status.code(), fmt::format("{}, conversation {} ({}){}: {}", file.path, line + 1,
                                              recorded.id, where, status.message()));
@@ -167,10 +156,9 @@ Result<RecordedConversation> PrepareRecorded(const ServedModel& model, const Rec
   if (!model.chat_template) {
     return fail(InvalidArgument("model " + model.name + " has no chat template to render it with"));
   }
-  const Result<Conversation> conversation =
-      ParseConversation(json["messages"], json.contains("tools") ? json["tools"] : Json());
+  const Result<Conversation> conversation = ParseConversation(own.messages, own.tools);
   if (!conversation.ok()) return fail(conversation.status());
-  const auto images = LoadImages(model, *conversation, ImageFromFiles(file.images));
+  const auto images = LoadImages(model, *conversation, ImageFromFiles(own.images));
   if (!images.ok()) return fail(images.status());
   const Renderer renderer{model, *images, *conversation};
   const size_t first = file.history.empty() ? 1 : std::max<size_t>(1, file.history[line]);

@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "model/batch.h"
 #include "serve/served_model.h"
+#include "text/conversation_file.h"
 
 namespace triaxial {
 
@@ -36,8 +37,7 @@ struct RecordedConversation {
 // The lines of a JSONL file; made into steps one at a time, because pictures take memory.
 struct RecordedFile {
   std::string path;
-  std::string images;       // directory that paths of pictures are relative to
-  std::vector<Json> lines;  // {id, messages, tools}; tools may be null
+  std::vector<ConversationLine> lines;
   // [lines] Messages in front that are only read, their answers no steps; empty: none.
   std::vector<size_t> history;
 };

@@ -229,8 +229,7 @@ class KvCache {
   void MoveTo(Sequence* sequence, NodeId node);
   void Pin(NodeId node);
   void Unpin(NodeId node);
-  void Need(NodeId node);
-  void NoLongerNeed(NodeId node);
+  void CountReason(NodeId node, int32_t by);
   void Adopt(Sequence* sequence);
   void MeetNeed(const Sequence& sequence, BlockId b, std::span<const KvToken> tokens);
   void EnterTree(SequenceId id, Sequence* sequence);

@@ -133,7 +133,7 @@ void KvCache::Hold(SequenceId id, BlockId b) {
     cached_rows_ -= Units(held);
     cached_tokens_ -= held.tokens;
   }
-  if (held.users == 0 && held.node != kNoNode) Need(held.node);
+  if (held.users == 0 && held.node != kNoNode) CountReason(held.node, 1);
   ++held.users;
   held.holders.push_back(id);
   Reorder(b);
@@ -152,7 +152,7 @@ void KvCache::Release(SequenceId id, BlockId b, bool in_step) {
     held.last_value = ValueOf(held);
     cached_rows_ += Units(held);
     cached_tokens_ += held.tokens;
-    NoLongerNeed(held.node);
+    CountReason(held.node, -1);
   }
   Reorder(b);
 }
@@ -166,32 +166,24 @@ void KvCache::MoveTo(Sequence* sequence, NodeId node) {
 
 void KvCache::Pin(NodeId node) {
   tree_.Pin(node);
-  Need(node);
+  CountReason(node, 1);
   if (const BlockId b = tree_.block(node); b != kNoBlock) Reorder(b);
 }
 
 void KvCache::Unpin(NodeId node) {
   const BlockId b = tree_.block(node);
-  NoLongerNeed(node);
+  CountReason(node, -1);
   tree_.Unpin(node);  // a root may go
   if (b != kNoBlock) Reorder(b);
 }
 
-// One reason more that a node must stay, and with it those above. Its own block is the caller's to reorder.
-void KvCache::Need(NodeId node) {
-  bool changed = tree_.AddReason(node);
+// One reason more (`by` 1) or less (-1) that a node must stay, and with it those above. Its own block is the
+// caller's to reorder.
+void KvCache::CountReason(NodeId node, int32_t by) {
+  bool changed = tree_.CountReason(node, by);
   while (changed && !tree_.is_root(node)) {
     node = tree_.parent(node);
-    changed = tree_.AddReason(node);
-    if (changed && !tree_.is_root(node)) Reorder(tree_.block(node));
-  }
-}
-
-void KvCache::NoLongerNeed(NodeId node) {
-  bool changed = tree_.DropReason(node);
-  while (changed && !tree_.is_root(node)) {
-    node = tree_.parent(node);
-    changed = tree_.DropReason(node);
+    changed = tree_.CountReason(node, by);
     if (changed && !tree_.is_root(node)) Reorder(tree_.block(node));
   }
 }
@@ -221,7 +213,7 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
     } else if (child == kNoNode) {
       child = tree_.AddChild(sequence->node, contents, own);
       block(own).node = child;
-      Need(child);
+      CountReason(child, 1);
     } else if (const BlockId known = tree_.block(child); known != own) {
       if (block(known).format >= block(own).format) {
         block(known).need.Merge(block(own).need);
@@ -236,7 +228,7 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
           cached_rows_ -= Units(worse);
           cached_tokens_ -= worse.tokens;
           FreeBlock(known, /*in_step=*/false);
-          Need(child);
+          CountReason(child, 1);
         } else {
           Reorder(known);
         }

@@ -54,9 +54,13 @@ class PrefixTree {
   void Unpin(NodeId id);
   int32_t pins(NodeId id) const { return node(id).pins; }
   // Reasons why a node and those above it must stay, kept by the cache: its pins, sequences that hold its
-  // block (one reason for all), and each child that is needed. True if the node's being needed changed.
-  bool AddReason(NodeId id) { return nodes_[Index(id)].reasons++ == 0; }
-  bool DropReason(NodeId id) { return --nodes_[Index(id)].reasons == 0; }
+  // block (one reason for all), and each child that is needed. `by` is 1 or -1; true if that changed whether
+  // the node is needed.
+  bool CountReason(NodeId id, int32_t by) {
+    const bool before = needed(id);
+    nodes_[Index(id)].reasons += by;
+    return needed(id) != before;
+  }
   int32_t reasons(NodeId id) const { return node(id).reasons; }
   bool needed(NodeId id) const { return node(id).reasons > 0; }
   // The block's name at rest; `contents_of` gives the contents of a node's block.

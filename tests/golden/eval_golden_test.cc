@@ -73,7 +73,7 @@ TEST(RecordedSteps, OthersStandInFrontAndAreOnlyRead) {
   EXPECT_EQ(behind.id, alone.id);
   const std::string prompt = Text(behind.steps[0].prompt.tokens);
   const auto place = [&](size_t line, const char* role) {
-    for (const Json& message : own.lines[line]["messages"]) {
+    for (const Json& message : own.lines[line].messages) {
       if (message["role"] != role) continue;
       const Json& content = message["content"];
       const std::string text =
