@@ -249,7 +249,7 @@ class ModelBench {
     options.device = flags_.device == "cpu"    ? Device::kCpu
                      : flags_.device == "cuda" ? Device::kCuda
                                                : Device::kAuto;
-    options.precision = flags_.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+    options.precision = PrecisionOf(flags_.dtype);
     options.dummy_weights = flags_.load_format == "dummy";
     options.codec = *ParseCodec(flags_.codec);
     Json report = DescribeRun();
@@ -260,6 +260,7 @@ class ModelBench {
     report["load_seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
     report["parameters"] = model_->parameters();
     report["decode_weight_bytes"] = model_->decode_weight_bytes();
+    report["dtype"] = flags_.dtype;
     report["kv_codec"] = flags_.codec;
     bool on_gpu = false;
     {
@@ -405,8 +406,8 @@ Command AddBenchModel(CLI::App* bench) {
   command->add_option("--device", flags->device, "cpu, cuda, or auto: a GPU if there is one")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--dtype", flags->dtype, "Arithmetic on the CPU: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  command->add_option("--dtype", flags->dtype, "Arithmetic: bf16; fp8 on a GPU; f32 on the CPU")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   command->add_option("--kv-codec", flags->codec)
       ->check(CLI::IsMember({"rotated", "paper"}))
