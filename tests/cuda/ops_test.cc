@@ -283,7 +283,7 @@ CASE(ProductsInFp8) {
     stream.Synchronize();
     const std::vector<uint8_t> w_codes = w8.Get();
     const std::vector<float> w_scale = w_scales.Get();
-    for (const int64_t rows : {1, 2, 5, 64, 300}) {
+    for (const int64_t rows : {1, 2, 8, 13, 32, 64, 300}) {
       for (const bool tuned : {false, true}) {
         for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kAdd}) {
           for (const Element output : {Element::kF32, Element::kBf16}) {

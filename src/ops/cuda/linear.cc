@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "ops/cuda/fp8_product.h"
 #include "ops/cuda/fp8_rows.h"
 
 namespace triaxial::cuda {
@@ -73,7 +74,10 @@ class Product {
   Product& operator=(const Product&) = delete;
   ~Product() { cublasLtMatmulDescDestroy(operation_); }
 
-  std::vector<cublasLtMatmulAlgo_t> Propose(cublasLtHandle_t handle, int count) {
+  // With FP8 weights cuBLASLt proposes nothing before it has seen pointers to scales.
+  std::vector<cublasLtMatmulAlgo_t> Propose(cublasLtHandle_t handle, const LinearWeights& linear,
+                                            const float* x_scales, int count) {
+    SetScales(linear, x_scales);
     cublasLtMatmulPreference_t preference = nullptr;
     CublasOk(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -98,10 +102,7 @@ class Product {
                      const float* x_scales, void* y, const cublasLtMatmulAlgo_t& algorithm, void* workspace,
                      cudaStream_t stream) {
     if (bias_) Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, linear.bias);
-    if (linear.scales != nullptr) {
-      Set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, linear.scales);
-      Set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x_scales);
-    }
+    SetScales(linear, x_scales);
     const float one = 1.0f;
     return cublasLtMatmul(handle, operation_, &one, linear.weights, weights_, x, input_, &beta_, y, output_,
                           y, output_, &algorithm, workspace, kWorkspaceBytes, stream);
@@ -110,6 +111,11 @@ class Product {
   cublasLtMatmulAlgo_t algorithm;
 
  private:
+  void SetScales(const LinearWeights& linear, const float* x_scales) {
+    if (linear.scales == nullptr) return;
+    Set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, linear.scales);
+    Set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x_scales);
+  }
   template <typename T>
   void Set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
     CublasOk(cublasLtMatmulDescSetAttribute(operation_, attribute, &value, sizeof(value)),
@@ -121,6 +127,12 @@ class Product {
   float beta_;
   bool bias_;
 };
+
+// Whether an FP8 product of so many rows is Fp8Product's.
+bool OwnProduct(const LinearShape& shape, int64_t rows) {
+  return HasFp8Product(rows, shape.in, shape.out) && !shape.bias &&
+         (shape.epilogue == Epilogue::kNone || shape.epilogue == Epilogue::kAdd);
+}
 
 }  // namespace
 
@@ -156,13 +168,20 @@ void LinearRunner::Run(const LinearWeights& linear, const void* x, int64_t rows,
                        cudaStream_t stream) {
   if (rows == 0) return;
   const bool fp8 = linear.scales != nullptr;
+  const LinearShape& shape = linear.shape;
+  const void* input = state_->InputOf(linear, x, rows, stream);
+  if (fp8 && OwnProduct(shape, rows)) {
+    Fp8Product(static_cast<const uint8_t*>(linear.weights), linear.scales, static_cast<const uint8_t*>(input),
+               state_->fp8_scales.data<float>(), rows, shape.in, shape.out, shape.output,
+               shape.epilogue == Epilogue::kAdd, y, stream);
+    return;
+  }
   std::unique_ptr<Product>& product = state_->products[{linear.shape, fp8, rows}];
   if (product == nullptr) {
     auto made = std::make_unique<Product>(linear.shape, fp8, rows);
-    made->algorithm = made->Propose(state_->handle, 1).front();
+    made->algorithm = made->Propose(state_->handle, linear, state_->fp8_scales.data<float>(), 1).front();
     product = std::move(made);
   }
-  const void* input = state_->InputOf(linear, x, rows, stream);
   CublasOk(product->Run(state_->handle, linear, input, state_->fp8_scales.data<float>(), y,
                         product->algorithm, state_->workspace.data(), stream),
            "cublasLtMatmul");
@@ -175,6 +194,7 @@ void LinearRunner::Tune(std::span<const LinearWeights> layers, void* x, int64_t 
   // An algorithm that reads small inputs in another way is chosen on numbers, not on whatever lies there.
   CUDA_OK(cudaMemsetAsync(x, 0x3c, static_cast<size_t>(rows * shape.in * 2), stream));
   const bool fp8 = layers.front().scales != nullptr;
+  if (fp8 && OwnProduct(shape, rows)) return;
   auto product = std::make_unique<Product>(shape, fp8, rows);
   const void* input = state_->InputOf(layers.front(), x, rows, stream);
   cudaEvent_t begin, end;
@@ -186,7 +206,8 @@ void LinearRunner::Tune(std::span<const LinearWeights> layers, void* x, int64_t 
   const int rounds = rows <= kSmallRows ? 3 : 1;
   const int runs = rows <= kSmallRows ? 16 : 8;
   float best = std::numeric_limits<float>::infinity();
-  const std::vector<cublasLtMatmulAlgo_t> algorithms = product->Propose(state_->handle, kCandidates);
+  const std::vector<cublasLtMatmulAlgo_t> algorithms =
+      product->Propose(state_->handle, layers.front(), state_->fp8_scales.data<float>(), kCandidates);
   for (int round = 0; round < rounds; ++round) {
     for (const cublasLtMatmulAlgo_t& algorithm : algorithms) {
       bool ran = true;
