@@ -203,7 +203,7 @@ const char* PartOf(const std::string& name) {
   };
   if (has({"FinishQkv", "StoreKernel", "ConvertKernel"})) return "write path";
   if (has({"Decode", "Prefill", "Attention", "attention", "flash", "fmha"})) return "attention";
-  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas"})) return "products";
+  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas", "Fp8Product"})) return "products";
   if (name == "copy") return "copies";
   return "other";
 }

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kChunk = 64;  // columns that a warp multiplies at a time
+constexpr int kM = 2;       // tiles of 16 outputs of a thread block
+constexpr int kStages = 3;  // chunks of a warp on their way
 
 struct Params {
   const uint8_t* w;
@@ -30,9 +32,8 @@ __device__ __forceinline__ uint4 LoadOnce(const uint8_t* p) {
 // A thread block makes 16 kM outputs of all rows; its warps take every eighth chunk of columns each and add
 // up at the end. Weights are the A operand (rows = outputs), 16 consecutive columns a lane: any order of
 // columns is right as long as x has the same, so nothing is shuffled on the way from memory to tensor cores.
-template <int kM, int kN, bool kBf16, bool kAdd>
-__global__ void __launch_bounds__(kWarps * 32, kM* kN <= 4 ? 2 : 1) Fp8ProductKernel(const Params p) {
-  constexpr int kStages = kM * kN <= 4 ? 3 : 2;
+template <int kN, bool kBf16, bool kAdd>
+__global__ void __launch_bounds__(kWarps * 32, 2) Fp8ProductKernel(const Params p) {
   constexpr int kOutputs = 16 * kM, kRow = kOutputs + 4;
   __shared__ float sums[kWarps][8 * kN][kRow];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -128,15 +129,15 @@ __global__ void __launch_bounds__(kWarps * 32, kM* kN <= 4 ? 2 : 1) Fp8ProductKe
   }
 }
 
-template <int kM, int kN>
+template <int kN>
 void Launch(const Params& p, Element output, bool add, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(p.out / (16 * kM));
   if (output == Element::kBf16) {
-    LaunchEarly(Fp8ProductKernel<kM, kN, true, false>, blocks, kWarps * 32, stream, p);
+    LaunchEarly(Fp8ProductKernel<kN, true, false>, blocks, kWarps * 32, stream, p);
   } else if (add) {
-    LaunchEarly(Fp8ProductKernel<kM, kN, false, true>, blocks, kWarps * 32, stream, p);
+    LaunchEarly(Fp8ProductKernel<kN, false, true>, blocks, kWarps * 32, stream, p);
   } else {
-    LaunchEarly(Fp8ProductKernel<kM, kN, false, false>, blocks, kWarps * 32, stream, p);
+    LaunchEarly(Fp8ProductKernel<kN, false, false>, blocks, kWarps * 32, stream, p);
   }
 }
 
@@ -150,11 +151,9 @@ void Fp8Product(const uint8_t* w, const float* w_scales, const uint8_t* x, const
   const Params p = {
       w, w_scales, x, x_scales, y, static_cast<int>(rows), static_cast<int>(in), static_cast<int>(out)};
   if (rows <= 8) {
-    Launch<2, 1>(p, output, add, stream);
-  } else if (rows <= 16) {
-    Launch<2, 2>(p, output, add, stream);
+    Launch<1>(p, output, add, stream);
   } else {
-    Launch<2, 4>(p, output, add, stream);
+    Launch<2>(p, output, add, stream);
   }
 }
 

@@ -11,10 +11,10 @@
 
 namespace triaxial::cuda {
 
-constexpr int64_t kMostFp8ProductRows = 32;
+constexpr int64_t kMostFp8ProductRows = 16;
 // Whether Fp8Product takes these sizes.
 constexpr bool HasFp8Product(int64_t rows, int64_t in, int64_t out) {
-  return rows <= kMostFp8ProductRows && in % 64 == 0 && out % 64 == 0;
+  return rows <= kMostFp8ProductRows && in % 64 == 0 && out % 32 == 0;
 }
 
 // y[r][o] = sum_i x[r][i] w[o][i] * x_scales[r] * w_scales[o], added to y if `add` (F32 only).
