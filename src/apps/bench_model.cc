@@ -72,6 +72,7 @@ class BenchSequences {
   // Seconds of a step in which each sequence gets `rows` tokens more.
   Result<double> Step(int rows) {
     batch_.Clear();
+    MakeRoom(rows);
     for (size_t s = 0; s < ids_.size(); ++s) RETURN_IF_ERROR(Append(s, rows, true));
     const auto vocab = static_cast<size_t>(model_->config().text.vocab_size);
     tokens_.resize(ids_.size());
@@ -127,15 +128,30 @@ class BenchSequences {
     return OkStatus();
   }
 
+  // The next `count` of a sequence.
+  std::vector<KvToken> NextTokens(SequenceId id, int count) const {
+    const int32_t length = cache_.Length(id);
+    std::vector<KvToken> tokens;
+    for (int32_t t = length; t < length + count; ++t) {
+      const size_t block = std::min(static_cast<size_t>(t / kBlockTokens), formats_.size() - 1);
+      tokens.push_back({{}, static_cast<uint8_t>(formats_[block])});
+    }
+    return tokens;
+  }
+
+  // Tails of other sizes leave gaps between blocks; where those would stop a step, they are closed, as the
+  // engine does.
+  void MakeRoom(int count) {
+    int64_t rows = 0;
+    for (const SequenceId id : ids_) rows += cache_.RowsToAppend(id, NextTokens(id, count));
+    if (!cache_.Fits(rows) || cache_.FitsWithoutCompaction(rows)) return;
+    cache_.Compact([&](uint32_t from, uint32_t to, int moved) { memory_->Move(from, to, moved); });
+  }
+
   Status Append(size_t s, int count, bool run) {
     const SequenceId id = ids_[s];
     const int32_t length = cache_.Length(id), row = batch_.rows();
-    std::vector<KvToken> kv_tokens;
-    for (int32_t t = length; t < length + count; ++t) {
-      const size_t block = std::min(static_cast<size_t>(t / kBlockTokens), formats_.size() - 1);
-      kv_tokens.push_back({{}, static_cast<uint8_t>(formats_[block])});
-    }
-    RETURN_IF_ERROR(cache_.Append(id, kv_tokens, &append_));
+    RETURN_IF_ERROR(cache_.Append(id, NextTokens(id, count), &append_));
     if (!run) return OkStatus();
     for (int32_t t = length; t < length + count; ++t) {
       batch_.tokens.push_back((t * 31 + static_cast<int32_t>(s)) % model_->config().text.vocab_size);
