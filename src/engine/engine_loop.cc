@@ -154,7 +154,7 @@ void EngineLoop::NoteAdmissions() {
     request->first_step = cache_.step();
     prefix_queries_ += request->prompt_tokens;
     prefix_hits_ += request->cached_tokens;
-    mailbox_->LeaveQueue();
+    mailbox_->LeaveQueue(request->tenant);
   }
 }
 
@@ -265,7 +265,7 @@ void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
     }
   }
   scheduler_.Remove(request);
-  if (!request->started) mailbox_->LeaveQueue();
+  if (!request->started) mailbox_->LeaveQueue(request->tenant);
   request->finished = any_finished_ = true;
   RequestStats stats = event.stats;
   if (Send(request, std::move(event))) return;

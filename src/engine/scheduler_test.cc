@@ -313,7 +313,8 @@ TEST(Scheduler, RemembersABoundedNumberOfTenants) {
   stays->served = 1e6;
   tenants.Leave(stays);
   tenants.Leave(tenants.Arrive("5", &request));
-  EXPECT_EQ(tenants.Arrive("new", &request)->served, 0) << "level with the least served of those that are there";
+  EXPECT_EQ(tenants.Arrive("new", &request)->served, 0)
+      << "level with the least served of those that are there";
 }
 
 // The smallest arena in which a request runs, and one that is a unit smaller.
