@@ -32,6 +32,10 @@ enum class Precision {
 // step attends to and stores.
 using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, float* k, float* v)>;
 
+// Sees what attention gave in each layer of each step, as the checkpoint's own o_proj would read it: out
+// [rows][num_heads][head_dim], neither rotated nor equalized.
+using OutputObserver = std::function<void(int layer, int64_t rows, const float* out)>;
+
 enum class Device {
   kAuto,  // a GPU if there is one and the options are for it, else the CPU
   kCpu,
@@ -45,7 +49,8 @@ struct ModelOptions {
   Codec codec = Codec::kRotated;
   // Instead of the directory's kv_calibration.json.
   std::optional<KvCalibration> calibration = std::nullopt;
-  AttentionObserver observer = nullptr;  // for calibration; on the CPU only
+  AttentionObserver observer = nullptr;  // for calibration; on the CPU only, both
+  OutputObserver output_observer = nullptr;
 };
 
 // Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.

@@ -62,12 +62,13 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Codec 
                      weights->LoadVector(name + "post_attention_layernorm.weight", hidden, Fill::kOne));
     ASSIGN_OR_RETURN(layer.q_norm, weights->LoadScaled(attention + "q_norm.weight", dim, factors, false));
     ASSIGN_OR_RETURN(layer.k_norm, weights->LoadScaled(attention + "k_norm.weight", dim, factors, true));
+    const ValueParts values = EqualizedValues(c, codec, calibration, attention, i);
     ASSIGN_OR_RETURN(layer.qkv, weights->Load({{attention + "q_proj", c.num_heads * dim},
                                                {attention + "k_proj", c.num_kv_heads * dim},
-                                               {attention + "v_proj", c.num_kv_heads * dim}},
+                                               values.v},
                                               {hidden}, Element::kF32, Epilogue::kNone, false));
-    ASSIGN_OR_RETURN(layer.o, weights->Load({{attention + "o_proj", hidden}}, {c.num_heads * dim},
-                                            Element::kF32, Epilogue::kAdd, false));
+    ASSIGN_OR_RETURN(layer.o,
+                     weights->Load({values.o}, {c.num_heads * dim}, Element::kF32, Epilogue::kAdd, false));
     ASSIGN_OR_RETURN(layer.gate_up, weights->Load({{name + "mlp.gate_proj", c.intermediate_size},
                                                    {name + "mlp.up_proj", c.intermediate_size}},
                                                   {hidden}, Element::kBf16, Epilogue::kNone, false));

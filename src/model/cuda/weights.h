@@ -42,7 +42,9 @@ class DeviceWeights {
   int64_t parameters() const { return parameters_; }
 
  private:
-  Status Read(const std::string& name, const std::vector<int64_t>& shape, uint16_t* to);
+  // `part`, if not null: factors for the weights.
+  Status Read(const std::string& name, const std::vector<int64_t>& shape, const LinearPart* part,
+              uint16_t* to);
 
   const TensorSource& source_;
   bool dummy_;
