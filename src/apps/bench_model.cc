@@ -219,7 +219,7 @@ const char* PartOf(const std::string& name) {
   };
   if (has({"FinishQkv", "StoreKernel", "ConvertKernel"})) return "write path";
   if (has({"Decode", "Prefill", "Attention", "attention", "flash", "fmha"})) return "attention";
-  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas"})) return "products";
+  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas", "Fp8Product"})) return "products";
   if (name == "copy") return "copies";
   return "other";
 }
@@ -265,7 +265,7 @@ class ModelBench {
     options.device = flags_.device == "cpu"    ? Device::kCpu
                      : flags_.device == "cuda" ? Device::kCuda
                                                : Device::kAuto;
-    options.precision = flags_.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+    options.precision = PrecisionOf(flags_.dtype);
     options.dummy_weights = flags_.load_format == "dummy";
     options.codec = *ParseCodec(flags_.codec);
     Json report = DescribeRun();
@@ -276,6 +276,7 @@ class ModelBench {
     report["load_seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
     report["parameters"] = model_->parameters();
     report["decode_weight_bytes"] = model_->decode_weight_bytes();
+    report["dtype"] = flags_.dtype;
     report["kv_codec"] = flags_.codec;
     bool on_gpu = false;
     {
@@ -421,8 +422,8 @@ Command AddBenchModel(CLI::App* bench) {
   command->add_option("--device", flags->device, "cpu, cuda, or auto: a GPU if there is one")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--dtype", flags->dtype, "Arithmetic on the CPU: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  command->add_option("--dtype", flags->dtype, "Arithmetic: bf16; fp8 on a GPU; f32 on the CPU")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   command->add_option("--kv-codec", flags->codec)
       ->check(CLI::IsMember({"rotated", "paper"}))

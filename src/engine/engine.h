@@ -33,7 +33,8 @@ struct EngineOptions {
   // layout.
   BlockStoreOptions store;
   bool check_when_idle = false;  // KvCache::CheckIntegrity whenever nothing runs; it costs milliseconds
-  int32_t max_queued = 256;      // waiting requests; more are refused with ResourceExhausted
+  int32_t max_queued = 256;      // waiting requests; more are refused with ResourceExhausted, and so is a
+                                 // tenant that holds more places than are free (engine/mailbox.h)
   uint64_t seed = 0;             // of requests without one; 0: from the clock
 };
 

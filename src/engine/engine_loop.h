@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
@@ -40,6 +41,7 @@ class EngineLoop {
 
  private:
   void TakeMail();
+  void Accept(std::unique_ptr<RequestState> request);
   void RunStep();
   bool EncodeImages();
   void NoteAdmissions();
@@ -47,10 +49,11 @@ class EngineLoop {
   void SaveSessions();
   void TakeToken(size_t item);
   void FailStep(std::string_view what);
+  void Fail(Sequence* sequence, std::string_view what);
   void FailForMemory(RequestState* request);
   void Finish(RequestState* request, FinishReason reason, Status error);
   void Finish(RequestState* request, TokenEvent&& event);
-  void Send(RequestState* request, TokenEvent&& event);
+  bool Send(RequestState* request, TokenEvent&& event);
   void RemoveFinished();
   RequestStats StatsOf(const RequestState& request) const;
   void PublishSnapshot();
@@ -66,7 +69,7 @@ class EngineLoop {
   Executor executor_;
   Sampler sampler_;
   std::unordered_map<RequestId, std::unique_ptr<RequestState>> requests_;
-  std::vector<RequestId> finished_;  // to be removed from requests_
+  bool any_finished_ = false;  // some of requests_ are to be removed
   // Blocks of requests that finished lately, for those who ask.
   std::deque<std::pair<RequestId, std::vector<BlockHandle>>> recent_;
   Mail mail_;  // these three keep their memory between steps

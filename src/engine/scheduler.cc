@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/checked_math.h"
 #include "base/log.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 namespace {
@@ -62,17 +63,20 @@ void Step::Clear() {
 Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing)
     : limits_(limits), cache_(cache), backing_(backing) {
   CHECK(limits.max_running > 0 && limits.max_step_tokens >= limits.max_running);
-  running_.reserve(static_cast<size_t>(limits.max_running));
-  preempted_.reserve(static_cast<size_t>(limits.max_running));  // so that preempting cannot throw
+  const auto max_running = static_cast<size_t>(limits.max_running);
+  running_.reserve(max_running);
+  in_step_.reserve(max_running);
+  lost_.reserve(max_running);
   if (!backing->sleeps()) return;
   sleep_ = [backing](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
     backing->Sleep(block, key, parent);
   };
 }
 
-Tenant* TenantClass::Arrive(const std::string& name) {
-  RaiseLevel();
+Tenant* TenantClass::Arrive(const std::string& name, Sequence* sequence) {
   Tenant& tenant = tenants_[name];
+  tenant.waiting.push_back(sequence);
+  RaiseLevel();
   if (tenant.requests++ == 0) {
     tenant.served = std::max(tenant.served, level_);
     ++present_;
@@ -108,12 +112,14 @@ void TenantClass::RaiseLevel() {
 }
 
 void Scheduler::Enqueue(Sequence* sequence) {
-  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant);
-  sequence->account->waiting.push_back(sequence);
+  // All may have to give way one day, and then there is to be a place for each.
+  ReserveAtLeast(&preempted_, running_.size() + static_cast<size_t>(waiting_) + 1);
+  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant, sequence);
   ++waiting_;
 }
 
 void Scheduler::Remove(Sequence* sequence) {
+  if (sequence->account == nullptr) return;
   stuck_ = false;  // its rows may be what was missing
   if (sequence->cache_id != 0) {
     cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
@@ -133,9 +139,9 @@ int64_t Scheduler::RowsFor(const Sequence& sequence, int32_t count) const {
 int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
   const KvGeometry& geometry = cache_->geometry();
   int64_t rows = 0;
-  for (const KvBlock* block : cache_->Blocks(sequence.cache_id)) {
-    if (block->users == 1) rows += UnitsOf(geometry, block->format, block->capacity) - block->slack;
-  }
+  cache_->ForEachBlock(sequence.cache_id, [&](const KvBlock& b) {
+    if (b.users == 1) rows += UnitsOf(geometry, b.format, b.capacity) - b.slack;
+  });
   return rows;
 }
 
@@ -404,14 +410,14 @@ void Scheduler::FinishStep() {
   in_step_.clear();
 }
 
-std::vector<Sequence*> Scheduler::AbortStep() {
+std::span<Sequence* const> Scheduler::AbortStep() {
   in_step_.clear();
-  const std::vector<SequenceId> ids = cache_->AbortStep();
-  std::vector<Sequence*> lost;
+  cache_->AbortStep();
+  lost_.clear();
   for (Sequence* sequence : running_) {
-    if (std::binary_search(ids.begin(), ids.end(), sequence->cache_id)) lost.push_back(sequence);
+    if (cache_->Lost(sequence->cache_id)) lost_.push_back(sequence);
   }
-  return lost;
+  return lost_;
 }
 
 void Scheduler::Compact() {

@@ -45,8 +45,8 @@ struct Tenant {
 // The tenants of a priority class.
 class TenantClass {
  public:
-  Tenant* Arrive(const std::string& name);  // of a request
-  void Leave(Tenant* tenant);               // one of its requests ended
+  Tenant* Arrive(const std::string& name, struct Sequence* sequence);  // which waits
+  void Leave(Tenant* tenant);                                          // one of its requests ended
   const std::map<std::string, Tenant, std::less<>>& tenants() const { return tenants_; }
 
   // Tenants without requests that are remembered, those that were served most.
@@ -123,11 +123,12 @@ struct Step {
 
 class Scheduler {
  public:
-  // `cache` and `backing` must outlive the scheduler.
+  // `cache` and `backing` must outlive the scheduler. Where memory is missing (std::bad_alloc), Enqueue has
+  // done nothing, MakePlan's plan is of no use, and after Commit comes AbortStep. The others need none.
   Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing);
 
   void Enqueue(Sequence* sequence);
-  // Takes a sequence out, wherever it is, and gives up its blocks. Only between steps.
+  // Takes a sequence out, wherever it is (if it is), and gives up its blocks. Only between steps.
   void Remove(Sequence* sequence);
 
   void MakePlan(Plan* plan) const;
@@ -135,9 +136,11 @@ class Scheduler {
   // next one begins with a compaction; the items are then the plan's first ones.
   void Commit(const Plan& plan, Step* step);
   // After the kernels of a step ran; or, if they failed, AbortStep: see KvCache. The latter returns the
-  // sequences whose blocks are not to be trusted, to be removed by the caller.
+  // sequences whose blocks are not to be trusted, to be removed by the caller. Valid until the next.
   void FinishStep();
-  std::vector<Sequence*> AbortStep();
+  std::span<Sequence* const> AbortStep();
+  // Who gives way before all others that run; nullptr if nobody runs.
+  Sequence* last_running() const { return running_.empty() ? nullptr : running_.back(); }
 
   bool idle() const { return running_.empty() && waiting_ == 0 && cache_->ageing() == 0; }
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
@@ -171,6 +174,7 @@ class Scheduler {
   int32_t waiting_ = 0;
   KvAppend append_;
   std::vector<Sequence*> in_step_;
+  std::vector<Sequence*> lost_;
   bool scattered_ = false;  // the last step met free rows without a long enough run
   bool stuck_ = false;      // the last commit could append nothing
   int64_t preemptions_ = 0;

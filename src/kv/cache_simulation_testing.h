@@ -12,6 +12,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -63,6 +64,7 @@ inline TagNeeds NeedsFor(const SimulationSetting& setting) {
     }
   }
   needs.rest_price = 0.05;
+  needs.budget_bits = setting.priced ? 5 : 0;
   needs.sink = Format::kK4V2;
   return needs;
 }
@@ -85,7 +87,7 @@ class Simulation {
       if (Below(40) == 0) Compact();
       if (Below(400) == 0) {
         ++operations;
-        cache_.DropCached();
+        run("DropCached", [&] { cache_.DropCached(); });
       }
       Step();
       if (steps % 64 == 0) Integrity();
@@ -100,23 +102,33 @@ class Simulation {
     Integrity();
   }
 
+  // How operations of the cache are run.
+  std::function<void(const char* name, const std::function<void()>& operation)> run =
+      [](const char*, const std::function<void()>& operation) { operation(); };
   // Allocations that were made to fail until now, where a test does that.
   std::function<int64_t()> faults_so_far = [] { return int64_t{0}; };
 
   // What the run came across; a test that never meets these proves little.
   int64_t operations = 0, appended = 0, found = 0, aged = 0, demoted = 0, evicted = 0, woken = 0, refused = 0,
-          fragmented = 0, moved = 0, aborted = 0, gaps = 0;
+          fragmented = 0, moved = 0, aborted = 0, gaps = 0, within_budget = 0;
+
+  void Integrity() {
+    if (waking_) return;  // its pin is nobody's whom the cache knows
+    const Status status = cache_.CheckIntegrity();
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  // What an operation that fails must leave as it was.
+  auto Figures() const {
+    return std::tuple(cache_.free_rows(), cache_.cached_rows(), cache_.cached_tokens(), cache_.Usage(),
+                      cache_.TokensByTag(), cache_.ageing());
+  }
 
  private:
   using Row = std::array<Truth, kBlockTokens>;
 
   int Below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(random_); }
   SequenceId Any() { return std::next(model_.begin(), Below(static_cast<int>(model_.size())))->first; }
-
-  void Integrity() {
-    const Status status = cache_.CheckIntegrity();
-    ASSERT_TRUE(status.ok()) << status.message();
-  }
 
   // A conversation that goes on, branches off or is new; its tokens' tags change from turn to turn.
   void Create() {
@@ -156,7 +168,9 @@ class Simulation {
     const KvPrompt prompt{sequence.salt, sequence.tokens, sequence.min_format};
     if (sequence.shares && Below(2) == 0) Wake(sequence, prompt);
     const KvMatch match = cache_.Match(prompt);
-    const SequenceId id = sequence.shares ? cache_.CreateSequence(prompt) : cache_.CreateSequence();
+    SequenceId id = 0;
+    run("CreateSequence",
+        [&] { id = sequence.shares ? cache_.CreateSequence(prompt) : cache_.CreateSequence(); });
     sequence.length = cache_.Length(id);
     if (sequence.shares) {
       EXPECT_EQ(sequence.length, match.begin);
@@ -171,18 +185,23 @@ class Simulation {
 
   void Free(SequenceId id) {
     ++operations;
-    cache_.FreeSequence(id);
+    run("FreeSequence", [&] { cache_.FreeSequence(id); });
     model_.erase(id);
   }
 
   void Compact() {
     ++operations;
-    cache_.Compact([&](uint32_t from, uint32_t to, int rows) {
+    const auto move = [&](uint32_t from, uint32_t to, int rows) {
       ++moved;
       ASSERT_LE(int64_t{std::max(from, to)} + rows, cache_.total_rows());
-      const std::vector<Row> block(memory_.begin() + from, memory_.begin() + from + rows);
-      std::copy(block.begin(), block.end(), memory_.begin() + to);
-    });
+      const auto begin = memory_.begin() + from, end = begin + rows;
+      if (to < from) {
+        std::copy(begin, end, memory_.begin() + to);
+      } else {
+        std::copy_backward(begin, end, memory_.begin() + to + rows);
+      }
+    };
+    run("Compact", [&] { cache_.Compact(move); });
     EXPECT_TRUE(cache_.FitsWithoutCompaction(cache_.free_rows()));
     for (const auto& [id, sequence] : model_) CheckSequence(id);
   }
@@ -198,7 +217,9 @@ class Simulation {
 
   void Wake(const ModelSequence& sequence, const KvPrompt& prompt) {
     ++operations;
-    KvCache::Waking waking = cache_.BeginWaking(prompt);
+    KvCache::Waking waking;
+    run("BeginWaking", [&] { waking = cache_.BeginWaking(prompt); });
+    waking_ = true;
     while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < sequence.tokens.size()) {
       const auto tokens =
           std::span(sequence.tokens).subspan(static_cast<size_t>(waking.blocks) * kBlockTokens, kBlockTokens);
@@ -208,16 +229,19 @@ class Simulation {
       if (block == asleep_.end()) break;
       const auto& [format, row] = block->second;
       const int units = UnitsOf(kSimulationGeometry, format);
-      if (!cache_.FitsWithoutCompaction(units)) cache_.Reclaim(units, nullptr, {});
+      if (!cache_.FitsWithoutCompaction(units)) run("Reclaim", [&] { cache_.Reclaim(units, nullptr, {}); });
       const bool fails = Below(20) == 0;
       const auto fill = [&, format = format, row = row](uint32_t unit_row) {
         if (!fails) Write(unit_row, UnitsOf(kSimulationGeometry, format), row);
         return !fails;
       };
-      if (!cache_.Wake(format, tokens, fill, &waking)) break;
+      bool woke = false;
+      run("Wake", [&, format = format] { woke = cache_.Wake(format, tokens, fill, &waking); });
+      if (!woke) break;
       ++woken;
     }
-    cache_.EndWaking(waking);
+    run("EndWaking", [&] { cache_.EndWaking(waking); });
+    waking_ = false;
   }
 
   // One step: room is made, sequences are appended to, some are cancelled, "kernels" run or fail.
@@ -225,8 +249,16 @@ class Simulation {
     std::vector<KvConvert> converts;
     if (Below(3) == 0) {
       ++operations;
-      cache_.AgeBlocks(Below(8), &converts);
+      const int blocks = Below(8);
+      run("AgeBlocks", [&] { cache_.AgeBlocks(blocks, &converts); });
       aged += static_cast<int64_t>(converts.size());
+    }
+    if (Below(6) == 0) {
+      ++operations;
+      const int blocks = Below(8);
+      const size_t before = converts.size();
+      run("KeepBudget", [&] { cache_.KeepBudget(blocks, &converts); });
+      within_budget += static_cast<int64_t>(converts.size() - before);
     }
     if (Below(6) == 0) {
       ++operations;
@@ -234,7 +266,9 @@ class Simulation {
       const size_t before = converts.size();
       const int64_t could = cache_.free_rows() + cache_.ReclaimableRows();
       const bool converts_too = Below(4) != 0;
-      const int64_t free = cache_.Reclaim(wanted, converts_too ? &converts : nullptr, Sleep());
+      const KvCache::Sleep sleep = Sleep();
+      int64_t free = 0;
+      run("Reclaim", [&] { free = cache_.Reclaim(wanted, converts_too ? &converts : nullptr, sleep); });
       EXPECT_EQ(free, cache_.free_rows());
       EXPECT_LE(free, could);
       if (converts_too) {
@@ -262,7 +296,8 @@ class Simulation {
       const bool surely_fits = cache_.FitsWithoutCompaction(rows), fits = cache_.Fits(rows);
       KvAppend append;
       const int64_t faults = faults_so_far();
-      const Status status = cache_.Append(id, tokens, &append);
+      Status status;
+      run("Append", [&] { status = cache_.Append(id, tokens, &append); });
       if (!status.ok()) {
         EXPECT_EQ(status.code(), Code::kResourceExhausted);
         EXPECT_FALSE(surely_fits && faults_so_far() == faults);
@@ -298,7 +333,7 @@ class Simulation {
       return (a.first.tail_row * 2654435761u ^ salt) < (b.first.tail_row * 2654435761u ^ salt);
     });
     for (const auto& [store, truth] : stores) Execute(store, truth);
-    cache_.FinishStep();
+    run("FinishStep", [&] { cache_.FinishStep(); });
     for (auto& [id, sequence] : model_) {
       if (!before.contains(id)) continue;
       EXPECT_GE(cache_.Length(id), sequence.length);
@@ -313,7 +348,12 @@ class Simulation {
   // The kernels may have done anything to what this step converts and writes.
   void Abort() {
     ++aborted;
-    for (const SequenceId id : cache_.AbortStep()) Free(id);
+    run("AbortStep", [&] { cache_.AbortStep(); });
+    std::vector<SequenceId> lost;
+    for (const auto& [id, sequence] : model_) {
+      if (cache_.Lost(id)) lost.push_back(id);
+    }
+    for (const SequenceId id : lost) Free(id);
     Integrity();
     for (const auto& [id, sequence] : model_) CheckSequence(id);
   }
@@ -385,6 +425,7 @@ class Simulation {
   std::mt19937 random_;
   KvCache cache_;
   std::vector<Row> memory_;
+  bool waking_ = false;
   std::map<SequenceId, ModelSequence> model_;
   std::vector<std::pair<std::string, std::vector<KvToken>>> known_;  // conversations that may go on
   std::unordered_map<BlockKey, std::pair<Format, Row>, BlockKeyHash> asleep_;
