@@ -38,7 +38,7 @@ struct EngineOptions {
   uint64_t seed = 0;             // of requests without one; 0: from the clock
 };
 
-// Everything that metrics and pages want to know, copied at the end of a step.
+// Everything that metrics and pages want to know, copied at the end of a step; `store` when it is asked for.
 struct EngineSnapshot {
   int32_t running = 0;
   int32_t waiting = 0;

@@ -168,7 +168,10 @@ TEST(EngineLifecycle, CancelsWhileBlocksWake) {
   const std::vector<int32_t> prompt = RandomTokens(600, 1);
   run(prompt);
   for (uint32_t seed = 2; seed < 5; ++seed) run(RandomTokens(900, seed));  // they put it to sleep
-  ASSERT_GT(engine->Snapshot().store.host_blocks, 0);
+  for (int i = 0; i < 2000 && engine->Snapshot().store.host_blocks < 9; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  ASSERT_GE(engine->Snapshot().store.host_blocks, 9);
 
   Listener runs, wakes, again;
   gated = true;
@@ -177,8 +180,12 @@ TEST(EngineLifecycle, CancelsWhileBlocksWake) {
   ASSERT_TRUE(Submit(engine.get(), std::move(endless), &runs).ok());
   gate->WaitForStep(1);
   const RequestId id = Submit(engine.get(), RequestOf(prompt, 5), &wakes).value();
-  gate->Open(1);
-  gate->WaitForStep(2);  // it is admitted, its blocks woke, and nothing of it is computed
+  // Until it is admitted: its blocks are awake.
+  for (int step = 2; engine->Snapshot().running < 2 && step < 90; ++step) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // for the thread that fetches them
+    gate->Open(1);
+    gate->WaitForStep(step);
+  }
   engine->Cancel(id);
   gate->OpenForGood();
   const TokenEvent last = wakes.Wait();

@@ -32,7 +32,7 @@ std::string Sentence(fmt::format_string<Args...> text, Args&&... args) {
 }  // namespace
 
 EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-                       std::unique_ptr<BlockStore> store, const EngineContext& context,
+                       std::unique_ptr<StoreThread> store, const EngineContext& context,
                        const EngineOptions& options, Mailbox* mailbox)
     : context_(context),
       mailbox_(mailbox),
@@ -120,6 +120,7 @@ void EngineLoop::RunStep() {
       executor_.Run(step_);
       model_seconds_ += Seconds(begin, Clock::now());
     }
+    if (scheduler_.waits_for_blocks()) backing_.WaitForFetched();
   } catch (const std::exception& e) {
     return FailStep(e.what());
   } catch (...) {
@@ -359,10 +360,16 @@ Status EngineLoop::CheckIntegrity() {
 // What nobody uses goes to sleep, for a server to come.
 void EngineLoop::SaveSessions() {
   if (store_ == nullptr) return;
-  cache_.SleepAll([this](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
-    backing_.Sleep(block, key, parent);
-  });
-  const Status saved = store_->Save();
+  Status saved;
+  try {
+    cache_.SleepAll([this](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
+      store_->Drain();  // so that none is dropped
+      backing_.Sleep(block, key, parent);
+    });
+    saved = store_->Save();
+  } catch (const std::bad_alloc&) {
+    saved = Internal("out of memory");
+  }
   const BlockStoreStats stats = store_->Stats();
   if (!saved.ok()) spdlog::warn("sessions could not all be saved: {}", saved.message());
   spdlog::info("{} blocks sleep on disk, {} bytes", stats.disk_blocks, stats.disk_bytes);
@@ -384,7 +391,6 @@ void EngineLoop::PublishSnapshot() {
   snapshot_.demotions = cache_.demotions();
   snapshot_.evictions = cache_.evictions();
   snapshot_.integrity_errors = integrity_errors_;
-  if (store_ != nullptr) snapshot_.store = store_->Stats();
   snapshot_.preemptions = scheduler_.preemptions();
   snapshot_.prompt_tokens = prompt_tokens_;
   snapshot_.generation_tokens = generation_tokens_;
@@ -394,8 +400,11 @@ void EngineLoop::PublishSnapshot() {
 }
 
 EngineSnapshot EngineLoop::Snapshot() const {
-  const std::lock_guard lock(snapshot_mutex_);
-  return snapshot_;
+  std::unique_lock lock(snapshot_mutex_);
+  EngineSnapshot snapshot = snapshot_;
+  lock.unlock();
+  if (store_ != nullptr) snapshot.store = store_->Stats();
+  return snapshot;
 }
 
 }  // namespace triaxial

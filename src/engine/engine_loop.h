@@ -27,13 +27,13 @@ class EngineLoop {
   // `context` and `mailbox` must outlive it.
   // `store` may be null.
   EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-             std::unique_ptr<BlockStore> store, const EngineContext& context, const EngineOptions& options,
+             std::unique_ptr<StoreThread> store, const EngineContext& context, const EngineOptions& options,
              Mailbox* mailbox);
 
   // Until the mailbox is stopped; then all requests have had their last event.
   void Run();
 
-  // Thread-safe; as of the end of the last step.
+  // Thread-safe; as of the end of the last step, but for the blocks that sleep: as of now.
   EngineSnapshot Snapshot() const;
   // Only on the engine thread.
   std::vector<KvBlock> BlocksOf(RequestId id) const;
@@ -62,7 +62,7 @@ class EngineLoop {
   Mailbox* mailbox_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<KvMemory> memory_;
-  std::unique_ptr<BlockStore> store_;
+  std::unique_ptr<StoreThread> store_;
   MemoryBacking backing_;
   KvCache cache_;
   Scheduler scheduler_;

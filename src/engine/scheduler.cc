@@ -26,6 +26,12 @@ std::span<const KvToken> TokensOf(const Sequence& sequence, int32_t begin, int32
   return std::span(sequence.kv_tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
 }
 
+BlockKey KeyBehind(const BlockKey& parent, std::span<const KvToken> tokens) {
+  std::array<ContentId, kBlockTokens> contents;
+  for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
+  return ChildKey(parent, contents);
+}
+
 }  // namespace
 
 int64_t PredictRows(const KvGeometry& geometry, const TagNeeds& needs, std::span<const KvToken> tokens,
@@ -51,6 +57,7 @@ void Plan::Clear() {
   rows.clear();
   preempt.clear();
   fail = nullptr;
+  short_of_memory = false;
 }
 
 void Step::Clear() {
@@ -121,6 +128,7 @@ void Scheduler::Enqueue(Sequence* sequence) {
 void Scheduler::Remove(Sequence* sequence) {
   if (sequence->account == nullptr) return;
   stuck_ = false;  // its rows may be what was missing
+  if (waking_ == sequence) StopWaking();
   if (sequence->cache_id != 0) {
     cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
     std::erase(running_, sequence);
@@ -145,11 +153,11 @@ int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
   return rows;
 }
 
-// What of a plan's rows is appended now that all its sequences are admitted. One that blocks woke for begins
-// behind them, in the next plan; and who was admitted before it may have woken a block that it matches, where
-// it ends.
+// What of a plan's rows is appended now that its sequences are admitted, but for one that is waking. One that
+// blocks woke for begins behind them, in the next plan; and who was admitted before it may have woken a block
+// that it matches, where it ends.
 int32_t Scheduler::CountNow(const Plan::Rows& rows) const {
-  if (rows.begin != rows.sequence->computed) return 0;
+  if (rows.sequence->cache_id == 0 || rows.begin != rows.sequence->computed) return 0;
   return std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
 }
 
@@ -163,9 +171,12 @@ void Scheduler::MakePlan(Plan* plan) const {
     available += RowsHeld(*sequence);
     plan->preempt.push_back(sequence);
   };
-  // Only where nothing can make room any more: not those that are preempted, nor blocks that grew older.
-  const auto may_fail = [&] { return plan->preempt.empty() && cache_->ageing() == 0; };
+  // Only where nothing can make room any more: not those that are preempted, nor who wakes, nor blocks that
+  // grew older.
+  const auto may_fail = [&] { return plan->preempt.empty() && waking_ == nullptr && cache_->ageing() == 0; };
+  bool& short_of_memory = plan->short_of_memory;
   if (stuck_) {  // what was counted as free could not be had
+    short_of_memory = true;
     if (staying > 1) {
       preempt_last();
     } else if (staying == 1 && may_fail()) {
@@ -174,7 +185,6 @@ void Scheduler::MakePlan(Plan* plan) const {
     }
   }
 
-  bool short_of_memory = false;
   for (size_t i = 0; i < staying; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() != 1) continue;
@@ -230,7 +240,8 @@ bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* b
                                            match.begin, sequence->min_format);
     sequence->predicted_begin = match.begin;
   }
-  const int64_t rows = sequence->predicted_rows + match.idle_rows;
+  // What woke for it is kept for it, and is not among what is available.
+  const int64_t rows = sequence->predicted_rows + (sequence == waking_ ? 0 : match.idle_rows);
   const bool fits = rows <= *available;
   if (!fits && !(running_.empty() && plan->rows.empty())) return false;
   *available -= rows;
@@ -288,11 +299,20 @@ void Scheduler::PlanAdmissions(int64_t available, int32_t budget, Plan* plan) co
 
 void Scheduler::Commit(const Plan& plan, Step* step) {
   step->Clear();
+  waits_for_blocks_ = false;
   stuck_ = false;
   for (Sequence* sequence : plan.preempt) Preempt(sequence);
   if (std::exchange(scattered_, false)) Compact();
+  if (plan.short_of_memory && waking_ != nullptr) StopWaking();
+  bool wakes = false;
   for (const Plan::Rows& rows : plan.rows) {
-    if (rows.sequence->cache_id == 0) Admit(rows.sequence);
+    if (rows.sequence->cache_id != 0) continue;
+    // One that waits for its blocks keeps nobody else waiting who has none asleep.
+    if (rows.sequence->admitted_before || !backing_->asleep() || Wake(rows.sequence)) {
+      Admit(rows.sequence);
+    } else {
+      wakes = true;
+    }
   }
   MakeRoom(plan, step);
   for (const Plan::Rows& rows : plan.rows) {
@@ -308,6 +328,7 @@ void Scheduler::Commit(const Plan& plan, Step* step) {
     stuck_ = true;
     return;
   }
+  waits_for_blocks_ = wakes && step->empty();
 }
 
 // Between what is in use and the arena's end there is to be a little room, so that steps do not each fight
@@ -320,18 +341,17 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
     if (const int32_t count = CountNow(r); count > 0) rows += RowsFor(*r.sequence, count);
   }
   if (rows == 0) return;
-  const int64_t low = cache_->total_rows() / 128, high = cache_->total_rows() / 64;
+  // What is dropped goes to sleep at once, where there is a place for it: a step's worth is enough.
+  const int64_t most = sleep_ ? 4 * UnitsOf(cache_->geometry(), Format::kBf16) : cache_->total_rows();
+  const int64_t high = std::min(most, cache_->total_rows() / 64), low = high / 2;
   if (cache_->free_rows() < rows + low) cache_->Reclaim(rows + high, &step->converts, sleep_);
 }
 
 void Scheduler::Admit(Sequence* sequence) {
-  if (backing_->asleep() && !sequence->admitted_before) Wake(*sequence);
   sequence->cache_id = cache_->CreateSequence(sequence->prompt());
   // Nothing from here on throws: it waits, or it runs.
   if (std::erase(preempted_, sequence) == 0) {
-    // The plan follows the queue's order, so it is its tenant's first.
-    CHECK(sequence == sequence->account->waiting.front());
-    sequence->account->waiting.pop_front();
+    std::erase(sequence->account->waiting, sequence);
   }
   --waiting_;
   sequence->computed = cache_->Length(sequence->cache_id);
@@ -342,36 +362,73 @@ void Scheduler::Admit(Sequence* sequence) {
 }
 
 // Blocks of the prompt that sleep come back behind those that are there, while rows can be had by dropping
-// others.
-void Scheduler::Wake(const Sequence& sequence) {
-  const KvPrompt prompt = sequence.prompt();
-  KvCache::Waking waking = cache_->BeginWaking(prompt);
-  struct End {
-    KvCache* cache;
-    const KvCache::Waking& waking;
-    ~End() { cache->EndWaking(waking); }
-  } const end{cache_, waking};
-  std::array<ContentId, kBlockTokens> contents;
-  while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < prompt.tokens.size()) {
-    const std::span<const KvToken> tokens = TokensOf(sequence, waking.blocks * kBlockTokens, kBlockTokens);
-    for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
-    const BlockKey key = ChildKey(waking.key, contents);
-    if (!backing_->Contains(key)) break;
-    const Result<SleepingBlock> block = backing_->Get(key);
+// others. False if more are to come, in steps to come.
+bool Scheduler::Wake(Sequence* sequence) {
+  const KvPrompt prompt = sequence->prompt();
+  if (waking_ != sequence) {
+    const KvCache::Waking awake = cache_->Awake(prompt);
+    // Where others needed the room of what had come there is no end to it.
+    if (!SleepsBehind(awake, prompt) || awake.blocks < sequence->awake_blocks) return true;
+    if (waking_ != nullptr) return false;
+    awake_ = cache_->BeginWaking(prompt);
+    waking_ = sequence;
+  }
+  FetchAhead(*sequence);
+  for (int64_t bytes = 0; SleepsBehind(awake_, prompt);) {
+    if (bytes >= kWokenBytesPerStep) return false;
+    const std::span<const KvToken> tokens = TokensOf(*sequence, awake_.blocks * kBlockTokens, kBlockTokens);
+    Result<SleepingBlock> block = backing_->Take(KeyBehind(awake_.key, tokens));
+    if (block.status().code() == Code::kUnavailable) return false;
     if (!block.ok()) {
       spdlog::warn("a sleeping block is lost: {}", block.status().message());
       break;
     }
-    if (block->contents != contents || block->position != waking.blocks * kBlockTokens) break;
-    const int rows = UnitsOf(cache_->geometry(), block->format);
-    if (!cache_->FitsWithoutCompaction(rows)) cache_->Reclaim(rows, nullptr, sleep_);
+    if (block->position != awake_.blocks * kBlockTokens) break;
+    bytes += static_cast<int64_t>(block->bytes.size());
+    const Format format = block->format;
+    const int rows = UnitsOf(cache_->geometry(), format);
+    while (!cache_->FitsWithoutCompaction(rows)) {  // others may lie between the rows that are free
+      const int64_t free = cache_->free_rows();
+      if (cache_->Reclaim(free + 1, nullptr, sleep_) == free) break;
+    }
     const auto fill = [&](uint32_t unit_row) {
-      const Status written = backing_->Write(unit_row, rows, *block);
+      const Status written = backing_->Write(unit_row, rows, *std::move(block));
       if (!written.ok()) spdlog::warn("a sleeping block is lost: {}", written.message());
       return written.ok();
     };
-    if (!cache_->Wake(block->format, tokens, fill, &waking)) break;
+    if (!cache_->Wake(format, tokens, fill, &awake_)) break;
   }
+  StopWaking();
+  return true;
+}
+
+// What woke is like any other block now.
+void Scheduler::StopWaking() {
+  waking_->awake_blocks = awake_.blocks;
+  waking_ = nullptr;
+  cache_->EndWaking();
+}
+
+// Whether the block behind those that are awake sleeps.
+bool Scheduler::SleepsBehind(const KvCache::Waking& awake, const KvPrompt& prompt) const {
+  const auto begin = static_cast<size_t>(awake.blocks) * kBlockTokens;
+  return begin + kBlockTokens < prompt.tokens.size() &&
+         backing_->Contains(KeyBehind(awake.key, prompt.tokens.subspan(begin, kBlockTokens)));
+}
+
+// Asks for the next blocks behind those that are there, as far as they sleep.
+void Scheduler::FetchAhead(const Sequence& sequence) {
+  fetch_.clear();
+  BlockKey key = awake_.key;
+  for (int32_t begin = awake_.blocks * kBlockTokens;
+       fetch_.size() < kFetchedAhead &&
+       begin + kBlockTokens < static_cast<int32_t>(sequence.kv_tokens.size());
+       begin += kBlockTokens) {
+    key = KeyBehind(key, TokensOf(sequence, begin, kBlockTokens));
+    if (!backing_->Contains(key)) break;
+    fetch_.push_back(key);
+  }
+  backing_->Fetch(fetch_);
 }
 
 void Scheduler::Preempt(Sequence* sequence) {

@@ -135,19 +135,21 @@ class KvCache {
   // Puts all blocks that nobody uses to rest; they stay.
   void SleepAll(const Sleep& sleep);
 
-  // For blocks that come back. The deepest node of the longest run of cached blocks of a prompt (pinned, to
-  // be unpinned by the caller), the number of its blocks, and the node's key.
+  // For blocks that come back: the longest run of cached blocks that a prompt begins with, and the key of the
+  // last of them (of the salt, if there is none).
   struct Waking {
     NodeId node = kNoNode;
     int32_t blocks = 0;
     BlockKey key;
   };
+  Waking Awake(const KvPrompt& prompt);
+  // The same, and the run stays until EndWaking. One at a time (CHECK).
   Waking BeginWaking(const KvPrompt& prompt);
   // Adds a block behind waking->node and moves on, if a run of rows is free and `fill` could bring its bytes
   // there; else false, and nothing changed.
   bool Wake(Format format, std::span<const KvToken> tokens,
             const std::function<bool(uint32_t unit_row)>& fill, Waking* waking);
-  void EndWaking(const Waking& waking);
+  void EndWaking();
 
   // True if appends that take `rows` in all fit, after compaction at the latest.
   bool Fits(int64_t rows) const { return rows <= allocator_.free_rows(); }
@@ -285,6 +287,7 @@ class KvCache {
   BlockHeap evictable_;          // by value
   std::vector<BlockId> ageing_;  // deserve less since they were matched; may hold stale ids
   double price_ = 0;
+  NodeId waking_ = kNoNode;
   double clock_ = 0;  // what a block that costs nothing would be worth now
   int64_t cached_rows_ = 0;
   int64_t cached_tokens_ = 0;

@@ -100,6 +100,7 @@ Status KvCache::CheckTree() const {
   for (const auto& [id, sequence] : sequences_) {
     if (sequence.node != kNoNode) ++pins[sequence.node];
   }
+  if (waking_ != kNoNode) ++pins[waking_];
   std::map<NodeId, int32_t> reasons = pins;
   tree_.ForEach([&](NodeId node) {
     if (!tree_.is_root(node) && block(tree_.block(node)).users > 0) ++reasons[node];

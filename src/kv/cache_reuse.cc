@@ -269,24 +269,34 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
   }
 }
 
-KvCache::Waking KvCache::BeginWaking(const KvPrompt& prompt) {
-  Waking waking;
-  waking.node = tree_.AddRoot(prompt.salt);
+KvCache::Waking KvCache::Awake(const KvPrompt& prompt) {
+  Waking waking{.node = tree_.FindRoot(prompt.salt)};
+  if (waking.node == kNoNode) {
+    waking.key = RootKey(prompt.salt);
+    return waking;
+  }
   for (size_t b = 0; b < BlocksToMatch(prompt); ++b) {
     const NodeId child = ChildOf(waking.node, BlockTokens(prompt, b));
     if (child == kNoNode) break;
     waking.node = child;
     ++waking.blocks;
   }
-  Pin(waking.node);
   waking.key = tree_.Key(
       waking.node, [this](BlockId b) -> const auto& { return block(b).contents; });
   return waking;
 }
 
+KvCache::Waking KvCache::BeginWaking(const KvPrompt& prompt) {
+  CHECK(waking_ == kNoNode);
+  tree_.AddRoot(prompt.salt);
+  const Waking waking = Awake(prompt);
+  Pin(waking_ = waking.node);
+  return waking;
+}
+
 bool KvCache::Wake(Format format, std::span<const KvToken> tokens,
                    const std::function<bool(uint32_t unit_row)>& fill, Waking* waking) {
-  CHECK(tokens.size() == kBlockTokens);
+  CHECK(tokens.size() == kBlockTokens && waking->node == waking_);
   ReserveBlocks(1);
   const std::optional<uint32_t> row =
       allocator_.Allocate(Units(format), /*from_top=*/format == Format::kBf16);
@@ -317,13 +327,14 @@ bool KvCache::Wake(Format format, std::span<const KvToken> tokens,
   cached_tokens_ += kBlockTokens;
   b.node = tree_.AddChild(waking->node, b.contents, id);
   Pin(b.node);
-  Unpin(std::exchange(waking->node, b.node));
+  Unpin(std::exchange(waking_, b.node));
+  waking->node = b.node;
   waking->key = tree_.Key(
       b.node, [this](BlockId known) -> const auto& { return block(known).contents; });
   ++waking->blocks;
   return true;
 }
 
-void KvCache::EndWaking(const Waking& waking) { Unpin(waking.node); }
+void KvCache::EndWaking() { Unpin(std::exchange(waking_, kNoNode)); }
 
 }  // namespace triaxial

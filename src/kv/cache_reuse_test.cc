@@ -448,7 +448,7 @@ TEST(CacheSleep, BlocksLeaveWithTheirNamesAndComeBack) {
   EXPECT_FALSE(world.cache.Wake(
                    k16, std::span(tokens).subspan(128, 64), [](uint32_t) { return true; }, &waking) &&
                world.cache.free_rows() < 0);
-  world.cache.EndWaking(waking);
+  world.cache.EndWaking();
   world.Check();
   world.Run(tokens, "salt");
   EXPECT_GE(world.begun, 128);

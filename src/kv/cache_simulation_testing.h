@@ -113,7 +113,6 @@ class Simulation {
           fragmented = 0, moved = 0, aborted = 0, gaps = 0, within_budget = 0;
 
   void Integrity() {
-    if (waking_) return;  // its pin is nobody's whom the cache knows
     const Status status = cache_.CheckIntegrity();
     ASSERT_TRUE(status.ok()) << status.message();
   }
@@ -219,7 +218,6 @@ class Simulation {
     ++operations;
     KvCache::Waking waking;
     run("BeginWaking", [&] { waking = cache_.BeginWaking(prompt); });
-    waking_ = true;
     while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < sequence.tokens.size()) {
       const auto tokens =
           std::span(sequence.tokens).subspan(static_cast<size_t>(waking.blocks) * kBlockTokens, kBlockTokens);
@@ -240,8 +238,7 @@ class Simulation {
       if (!woke) break;
       ++woken;
     }
-    run("EndWaking", [&] { cache_.EndWaking(waking); });
-    waking_ = false;
+    run("EndWaking", [&] { cache_.EndWaking(); });
   }
 
   // One step: room is made, sequences are appended to, some are cancelled, "kernels" run or fail.
@@ -425,7 +422,6 @@ class Simulation {
   std::mt19937 random_;
   KvCache cache_;
   std::vector<Row> memory_;
-  bool waking_ = false;
   std::map<SequenceId, ModelSequence> model_;
   std::vector<std::pair<std::string, std::vector<KvToken>>> known_;  // conversations that may go on
   std::unordered_map<BlockKey, std::pair<Format, Row>, BlockKeyHash> asleep_;
