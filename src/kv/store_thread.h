@@ -24,7 +24,9 @@ namespace triaxial {
 
 class StoreThread {
  public:
-  explicit StoreThread(std::unique_ptr<BlockStore> store);
+  // `block_bytes`: of a usual block. Memory for kUnderWay of these is made ready ahead, since the first touch
+  // of a megabyte takes longer than copying it.
+  StoreThread(std::unique_ptr<BlockStore> store, int64_t block_bytes);
   ~StoreThread();  // what was handed over is stored first
 
   // All by one thread, which waits for the store only in Wait, Drain and Save. Stats by any.
@@ -57,14 +59,16 @@ class StoreThread {
 
  private:
   void Run();
+  void MakeSpares();
   void FetchOne(std::unique_lock<std::mutex>* lock);
   void PutOne(std::unique_lock<std::mutex>* lock);
   void Refresh();
 
   const std::unique_ptr<BlockStore> store_;  // the thread's
-  mutable std::mutex mutex_;                 // guards all below
-  std::condition_variable work_;             // for the thread
-  std::condition_variable done_;             // by it
+  const int64_t block_bytes_;
+  mutable std::mutex mutex_;      // guards all below
+  std::condition_variable work_;  // for the thread
+  std::condition_variable done_;  // by it
   std::deque<SleepingBlock> puts_;
   std::deque<BlockKey> fetches_;
   std::unordered_map<BlockKey, Result<SleepingBlock>, BlockKeyHash> fetched_;

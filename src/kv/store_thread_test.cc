@@ -53,7 +53,7 @@ Result<SleepingBlock> WaitFor(StoreThread* store, const BlockKey& key) {
 }
 
 TEST(StoreThread, BringsBackWhatItWasGiven) {
-  StoreThread store(OpenStore(1 << 20));
+  StoreThread store(OpenStore(1 << 20), kTestPayload);
   EXPECT_TRUE(store.empty());
   for (uint32_t seed = 0; seed < 40; ++seed) {
     ASSERT_TRUE(PutCopy(&store, MakeBlock(seed)));
@@ -72,7 +72,7 @@ TEST(StoreThread, BringsBackWhatItWasGiven) {
 
 TEST(StoreThread, NobodyWaitsForAStoreThatIsSlow) {
   std::promise<void> let_go;
-  StoreThread store(std::make_unique<HeldStore>(let_go.get_future().share()));
+  StoreThread store(std::make_unique<HeldStore>(let_go.get_future().share()), kTestPayload);
   size_t taken = 0;
   while (PutCopy(&store, MakeBlock(static_cast<uint32_t>(taken)))) ++taken;
   // One of them may be with the store already.
@@ -91,7 +91,7 @@ TEST(StoreThread, NobodyWaitsForAStoreThatIsSlow) {
 }
 
 TEST(StoreThread, WhatWasFetchedForNobodyIsGivenUp) {
-  StoreThread store(OpenStore(1 << 20));
+  StoreThread store(OpenStore(1 << 20), kTestPayload);
   std::vector<BlockKey> keys;
   for (uint32_t seed = 0; seed < 200; ++seed) {
     ASSERT_TRUE(PutCopy(&store, MakeBlock(seed)));
@@ -107,7 +107,7 @@ TEST(StoreThread, WhatWasFetchedForNobodyIsGivenUp) {
 }
 
 TEST(StoreThread, ForgetsTheKeysOfBlocksThatWent) {
-  StoreThread store(OpenStore(3 * kTestRecord));
+  StoreThread store(OpenStore(3 * kTestRecord), kTestPayload);
   for (uint32_t seed = 0; seed < 10; ++seed) {
     ASSERT_TRUE(PutCopy(&store, MakeBlock(seed)));
     store.Drain();
@@ -122,11 +122,11 @@ TEST(StoreThread, ForgetsTheKeysOfBlocksThatWent) {
 TEST(StoreThread, ARestartKnowsWhatIsOnDisk) {
   const TempDir dir;
   {
-    StoreThread store(OpenStore(1 << 20, dir.path(), 1 << 20));
+    StoreThread store(OpenStore(1 << 20, dir.path(), 1 << 20), kTestPayload);
     for (uint32_t seed = 0; seed < 20; ++seed) ASSERT_TRUE(PutCopy(&store, MakeBlock(seed)));
     EXPECT_TRUE(store.Save().ok());
   }
-  StoreThread store(OpenStore(1 << 20, dir.path(), 1 << 20));
+  StoreThread store(OpenStore(1 << 20, dir.path(), 1 << 20), kTestPayload);
   for (uint32_t seed = 0; seed < 20; ++seed) {
     EXPECT_TRUE(store.Contains(MakeBlock(seed).key));
     EXPECT_TRUE(Same(WaitFor(&store, MakeBlock(seed).key).value(), MakeBlock(seed)));
@@ -150,7 +150,7 @@ TEST(StoreThread, WithoutMemoryABlockIsLostAndNothingElse) {
   open.set_value();
   auto held = std::make_unique<Store>(open.get_future().share());
   std::atomic<bool>& fails = held->fails;
-  StoreThread store(std::move(held));
+  StoreThread store(std::move(held), kTestPayload);
   ASSERT_TRUE(PutCopy(&store, MakeBlock(1)));
   store.Drain();
   EXPECT_FALSE(store.Contains(MakeBlock(1).key));
