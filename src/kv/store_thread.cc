@@ -33,15 +33,18 @@ StoreThread::~StoreThread() {
   thread_.join();
 }
 
-std::optional<SleepingBlock> StoreThread::Begin() {
+SleepingBlock StoreThread::Begin() {
   const std::lock_guard lock(mutex_);
+  SleepingBlock block;
   if (puts_.size() >= kUnderWay) {
+    block = std::move(puts_.front());
+    puts_.pop_front();
+    keys_.erase(block.key);
     ++dropped_;
-    return std::nullopt;
+  } else if (!spares_.empty()) {
+    block = std::move(spares_.back());
+    spares_.pop_back();
   }
-  if (spares_.empty()) return SleepingBlock();
-  SleepingBlock block = std::move(spares_.back());
-  spares_.pop_back();
   return block;
 }
 

@@ -2,8 +2,9 @@
 // whoever decodes hands over copies of blocks, and takes what was fetched when it has come.
 //
 // At most kUnderWay blocks are on their way to sleep, and as many back, each a copy in memory (1 to 8 MB for
-// a model of 2B parameters). What goes to sleep faster than the store can take it is dropped and counted: it
-// can be computed again.
+// a model of 2B parameters). Where blocks go to sleep faster than the store can take them, the one that has
+// waited longest is dropped and counted: a conversation goes to sleep from its end, so that its beginning is
+// kept, and what is lost can be computed again.
 #ifndef TRIAXIAL_KV_STORE_THREAD_H_
 #define TRIAXIAL_KV_STORE_THREAD_H_
 
@@ -31,9 +32,8 @@ class StoreThread {
 
   // All by one thread, which waits for the store only in Wait, Drain and Save. Stats by any.
 
-  // A block to fill in and Put, whose memory has mostly been used before; nothing if too many are under way,
-  // which counts as dropped.
-  std::optional<SleepingBlock> Begin();
+  // A block to fill in and Put, whose memory has mostly been used before.
+  SleepingBlock Begin();
   // Takes a block from Begin. Its key may be fetched from now on.
   void Put(SleepingBlock&& block);
   bool Contains(const BlockKey& key) const;
