@@ -6,7 +6,6 @@
 Tables stand between the markers <!-- NAME --> and <!-- /NAME --> of the page.
 """
 
-import glob
 import json
 import math
 import os
@@ -19,32 +18,39 @@ DRAWS = 2000
 # Effective bits of one format, rotated, head_dim 128 (docs/kv-format.md).
 BITS = {"k2v2": 2.25, "k4v2": 3.25, "k4v4": 4.25, "fp8": 8.25, "bf16": 16.0}
 TITLES = {"s1": "the checkpoint as it is", "s8": "key channels times 8", "s32": "key channels times 32",
-          "v32": "value channels times 32"}
+          "v32": "value channels times 32", "v32-left": "value channels times 32, left as they are",
+          "d32": "four directions of each head's values times 32"}
+TAGS_PAY = ("v32-left", "d32")  # compared at equal bytes
+ATTENTION = ("int4", "int2", "calibrated:2.6")  # whose errors are shown by tag, of the checkpoint as it is
 
 
 # ---- What was measured
 
 def load(folder):
-    """{checkpoint: {"rows": [policy rows], ...}}; `bf16` once."""
+    """{checkpoint: what eval wrote, and under "long" and "random" likewise}."""
     checkpoints = {}
     for name in TITLES:
-        rows, head = [], None
-        for part in ("rotated", "axes", "more", "paper"):
-            path = os.path.join(folder, f"{name}.{part}.part.json")
-            if not os.path.exists(path):
-                continue
-            with open(path) as file:
-                data = json.load(file)
-            head = head or {k: data[k] for k in ("model", "trajectories", "conversations", "steps", "tokens")}
-            rows += [row for row in data["policies"] if row["name"] not in {r["name"] for r in rows}]
-        bare = os.path.join(folder, f"{name}-no-equalization.rotated.part.json")
-        if os.path.exists(bare):
-            with open(bare) as file:
-                rows += [{**row, "name": row["name"] + " without calibration"} for row in json.load(file)["policies"]
-                         if row["name"] != "bf16"]
-        if rows:
-            checkpoints[name] = {**head, "policies": rows}
+        data = load_part(folder, name, "main")
+        if data is None:
+            continue
+        checkpoints[name] = data
+        bare = load_part(folder, name + "-no-calibration", "main")
+        if bare is not None:
+            data["policies"] += [{**row, "name": row["name"] + " without calibration"} for row in bare["policies"]
+                                 if row["name"] != "bf16"]
+        for part in ("long", "random"):
+            more = load_part(folder, name, part)
+            if more is not None:
+                data[part] = more
     return checkpoints
+
+
+def load_part(folder, name, part):
+    path = os.path.join(folder, f"{name}.{part}.part.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return json.load(file)
 
 
 def rate(wrong, column):
@@ -112,7 +118,7 @@ def keep_axes(policy, axes):
                                      for t in policy["counts"]}}
 
 
-def predicted(row, policy, end):
+def predicted(row, policy):
     """Loss that the calibrated table predicts for a lane; None if it does not say."""
     name = row["name"]
     if row["codec"] != "rotated" or "without" in name:
@@ -124,11 +130,8 @@ def predicted(row, policy, end):
         table = {t: "k4v4" if t.split("/")[2] in ("inst", "delim", "tool_call") or t.startswith("current/text/") else "k2v2"
                  for t in policy["counts"]}
     elif ":" in name:
-        kind, rest = name.split(":")
-        bits, _, axes = rest.partition("+")
-        source = end if kind == "published" else policy
-        if axes:
-            source = keep_axes(source, axes.split("-"))
+        bits, _, axes = name.split(":")[1].partition("+")
+        source = keep_axes(policy, axes.split("-")) if axes else policy
         table = formats_at(source, float(bits))
     else:
         return None
@@ -162,24 +165,24 @@ def percent(x):
 
 
 def table(rows):
-    lines = ["| policy | bits | steps exact % | conversations exact % | all tokens exact % | top-1 % | KL mean | root KL |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| policy | bits | steps exact % | conversations exact % | thoughts too: steps % | conversations % | top-1 % | KL mean | "
+             "root KL |", "|---|---|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: (-r["effective_bits"])):
-        ci, episodes = row["action_match_ci"], row["episode_exact_ci"]
+        ci, episodes, whole = row["action_match_ci"], row["episode_exact_ci"], row["episode_all_tokens_exact_ci"]
         name = row["name"]
         if row["codec"] == "paper" and "@" not in name:
             name += "@paper"
         lines.append(f"| `{name}` | {row['effective_bits']:.2f} | {percent(row['action_match'])} "
                      f"[{percent(ci[0])}, {percent(ci[1])}] | {percent(row['episode_exact'])} "
                      f"[{percent(episodes[0])}, {percent(episodes[1])}] | {percent(row['all_tokens_exact'])} | "
-                     f"{100 * row['top1_agreement']:.2f} | {row['kl_mean']:.1e} | {row['kl_root_mean']:.2e} |")
+                     f"{percent(row['episode_all_tokens_exact'])} [{percent(whole[0])}, {percent(whole[1])}] | {100 * row['top1_agreement']:.2f} | {row['kl_mean']:.1e} | {row['kl_root_mean']:.2e} |")
     return "\n".join(lines)
 
 
 def comparisons(rows):
     """Each calibrated lane with every other one of about as many bytes."""
     ours = [r for r in rows if r["name"].startswith("calibrated:") and "+" not in r["name"]]
-    others = [r for r in rows if r not in ours and r["name"] != "bf16" and "published" not in r["name"]]
+    others = [r for r in rows if r not in ours and r["name"] != "bf16"]
     lines = ["| policy | against | bits | steps exact, difference in points | all tokens exact, the same |", "|---|---|---|---|---|"]
     for mine in ours:
         for other in sorted(others, key=lambda r: r["effective_bits"]):
@@ -239,12 +242,10 @@ def kind_of(row):
         return "paper's codec"
     if row["name"].startswith("calibrated"):
         return "fewer axes" if "+" in row["name"] else "calibrated"
-    if row["name"].startswith("published"):
-        return "tags at the end"
     return "uniform and fixed" if "without" not in row["name"] else None
 
 
-COLOURS = {"calibrated": "#1f77b4", "fewer axes": "#ff7f0e", "tags at the end": "#9467bd", "uniform and fixed": "#2ca02c",
+COLOURS = {"calibrated": "#1f77b4", "fewer axes": "#ff7f0e", "uniform and fixed": "#2ca02c",
            "paper's codec": "#d62728"}
 
 
@@ -260,17 +261,46 @@ def pareto(name, data):
 
 
 def additivity(name, data, folder):
+    """Policies of the table, and allocations drawn at random: what D predicts against what was measured."""
     with open(os.path.join(folder, f"{name}.json")) as file:
         policy = json.load(file)
-    with open(os.path.join(folder, f"{name}-end.json")) as file:
-        end = json.load(file)
-    items = [(predicted(row, policy, end), row["kl_mean"], row["kl_root_mean"], row["name"]) for row in data["policies"]]
-    items = [item for item in items if item[0]]
+
+    def drawn(row):
+        with open(os.path.join(folder, f"random-{name}", row["name"] + ".json")) as file:
+            rules = {rule["match"]: rule["format"] for rule in json.load(file)["rules"]}
+        return sum(count * policy["distortion"][tag][rules[tag]] for tag, count in policy["counts"].items())
+
+    groups = {"policies of the table": [(predicted(row, policy), row) for row in data["policies"]],
+              "drawn at random": [(drawn(row), row) for row in data["random"]["policies"] if row["name"] != "bf16"]}
+    groups = {group: [item for item in items if item[0]] for group, items in groups.items()}
     plot(f"{PLOTS}/additivity-{name}.svg", f"Predicted and measured: {TITLES[name]}", "predicted loss, sum over tags",
-         "mean root KL to BF16", {"policies": ("#1f77b4", [(p, root, n) for p, _, root, n in items], False)}, True, True)
-    x, kl, root = ([item[i] for item in items] for i in range(3))
-    return (f"| {TITLES[name]} | {len(items)} | {correlation(ranks(x), ranks(kl)):.2f} | "
-            f"{correlation(ranks(x), ranks(root)):.2f} | {correlation([math.log(v) for v in x], [math.log(v) for v in root]):.2f} |")
+         "mean root KL to BF16", {group: (colour, [(p, row["kl_root_mean"], row["name"]) for p, row in items], False)
+                                  for colour, (group, items) in zip(("#1f77b4", "#ff7f0e"), groups.items())}, True, True)
+    lines = []
+    for group, items in groups.items():
+        x = [p for p, _ in items]
+        kl, root, bits = ([row[key] for _, row in items] for key in ("kl_mean", "kl_root_mean", "effective_bits"))
+        error = [row["attention_error"]["relative"] for _, row in items]
+        conversations = (data["random"] if "random" in group else data)["conversations"]
+        logs = correlation([math.log(v) for v in x], [math.log(v) for v in root])
+        lines.append(f"| {TITLES[name]}, {group} | {len(items)} | {conversations} | {correlation(ranks(x), ranks(error)):.2f} | "
+                     f"{correlation(ranks(x), ranks(root)):.2f} | {correlation(ranks(x), ranks(kl)):.2f} | {logs:.2f} | "
+                     f"{-correlation(ranks(bits), ranks(root)):.2f} |")
+    return lines
+
+
+def attention_errors(rows, chosen):
+    """By the tag of the token that asks, in percent of the output's squares."""
+    found = [row for row in rows if row["name"] in chosen]
+    tags = found[0]["attention_error"]["by_tag"]
+    lines = ["| token that asks | how many | " + " | ".join(f"`{row['name']}` ({row['effective_bits']:.2f})" for row in found) + " |",
+             "|---|---|" + "---|" * len(found)]
+    for tag in sorted(tags, key=lambda t: -tags[t]["queries"]):
+        lines.append(f"| `{tag}` | {tags[tag]['queries']} | " +
+                     " | ".join(f"{100 * row['attention_error']['by_tag'][tag]['relative']:.3f}" for row in found) + " |")
+    lines.append("| all | " + str(sum(t["queries"] for t in tags.values())) + " | " +
+                 " | ".join(f"{100 * row['attention_error']['relative']:.3f}" for row in found) + " |")
+    return "\n".join(lines)
 
 
 def insert(text, name, content):
@@ -285,19 +315,24 @@ def main():
     checkpoints = load(folder)
     with open(PAGE) as file:
         text = file.read()
-    lines = ["| checkpoint | policies | rank correlation with KL | with root KL | correlation of logarithms, root KL |",
-             "|---|---|---|---|---|"]
+    lines = ["| checkpoint | allocations | conversations | rank correlation with the error of attention | with root KL | with KL | "
+             "correlation of logarithms, root KL | rank correlation of bits alone with root KL |", "|---|---|---|---|---|---|---|---|"]
     for name, data in checkpoints.items():
         data["fidelity_seconds"] = seconds
         with open(f"bench/results/fidelity-{name}.json", "w") as file:
             json.dump(data, file, indent=1)
             file.write("\n")
         text = insert(text, f"table {name}", table(data["policies"]))
-        if name in ("s1", "v32"):
+        if name == "s1" or name in TAGS_PAY:
             pareto(name, data)
-            lines.append(additivity(name, data, folder))
-    if "v32" in checkpoints:
-        text = insert(text, "equal bytes", comparisons(checkpoints["v32"]["policies"]))
+        if name == "s1":
+            text = insert(text, "attention", attention_errors(data["policies"], ATTENTION))
+        if "random" in data:
+            lines += additivity(name, data, folder)
+        if "long" in data:
+            text = insert(text, f"table {name} long", table(data["long"]["policies"]))
+        if name in TAGS_PAY:
+            text = insert(text, f"equal bytes {name}", comparisons(data["policies"]))
     text = insert(text, "additivity", "\n".join(lines))
     any_one = next(iter(checkpoints.values()))
     text = insert(text, "run", f"{any_one['conversations']} conversations, {any_one['steps']} steps, {any_one['tokens']} tokens for each "

@@ -1,6 +1,6 @@
 // Fits a checkpoint's kv_calibration.json (kv/calibration.h) on conversations: factors that balance the RoPE
-// pairs of queries and keys, and the clip ratios and gains of 2-bit sides that keep what the model says
-// closest to what it says with a BF16 cache.
+// pairs of queries and keys, and the value channels with what reads them, and the clip ratios and gains of
+// 2-bit sides that keep what the model says closest to what it says with a BF16 cache.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
@@ -18,6 +18,7 @@
 #include "kv/calibration.h"
 #include "model/model.h"
 #include "model/single_sequence.h"
+#include "model/tensor_source.h"
 #include "text/chat_template.h"
 #include "text/tokenizer.h"
 
@@ -43,6 +44,7 @@ struct Options {
   std::string output;
   int fit = 40;
   int clip = 6;
+  bool equalize_values = true;
 };
 
 // A conversation as tokens and pictures, independent of the model's weights.
@@ -116,9 +118,10 @@ Result<std::unique_ptr<SingleSequence>> RunSample(Model* model, const Inputs& in
   return sequence;
 }
 
-// Sums of squares per RoPE pair over tokens and heads.
+// Sums of squares over tokens, and of queries and keys over heads.
 struct Energy {
-  std::vector<double> queries, keys;  // [head_dim / 2]
+  std::vector<double> queries, keys;  // [head_dim / 2], of RoPE pairs
+  std::vector<double> values;         // [num_kv_heads * head_dim]
 
   static void Add(const float* x, int64_t heads, int head_dim, std::vector<double>* sums) {
     sums->resize(static_cast<size_t>(head_dim / 2));
@@ -141,6 +144,30 @@ std::vector<float> Factors(const Energy& energy) {
   }
   std::vector<float> factors;
   for (const double log : logs) factors.push_back(std::stof(fmt::format("{:.4g}", std::exp(log - mean))));
+  return factors;
+}
+
+// RMS of a value channel over the norm of the columns of o_proj that read it, square root of it: the same
+// rule, one factor for each channel since nothing turns values, and the nearest power of two, so that weights
+// in BF16 stay exact. Not relative to a mean: the result does not depend on how a checkpoint divides a scale
+// between v_proj and o_proj.
+std::vector<float> ValueFactors(const Energy& energy, int64_t tokens, const TextConfig& text,
+                                const std::vector<float>& o_proj) {
+  const auto dim = static_cast<size_t>(text.head_dim);
+  const auto width = static_cast<size_t>(text.num_heads) * dim;
+  const auto group = static_cast<size_t>(text.num_heads / text.num_kv_heads);
+  std::vector<double> read(energy.values.size());
+  for (size_t i = 0; i < o_proj.size(); ++i) {
+    const size_t column = i % width;
+    read[column / dim / group * dim + column % dim] += double{o_proj[i]} * o_proj[i];
+  }
+  std::vector<float> factors;
+  for (size_t c = 0; c < read.size(); ++c) {
+    const double ratio = energy.values[c] / static_cast<double>(tokens) / read[c];
+    const double exponent = std::isfinite(ratio) && ratio > 0 ? std::round(0.25 * std::log2(ratio)) : 0;
+    factors.push_back(
+        std::clamp(static_cast<float>(std::exp2(exponent)), kMinEqualization, kMaxEqualization));
+  }
   return factors;
 }
 
@@ -221,11 +248,16 @@ Status Fit(const Options& options) {
   bool fitting = true;
   // With the paper's codec attention reads queries and keys as they are: neither rotated nor equalized.
   ModelOptions plain_options{.precision = Precision::kF32, .codec = Codec::kPaper};
-  plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k, const float*) {
+  plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k, const float* v) {
     if (!fitting) return;
     Energy& energy = energies[static_cast<size_t>(layer)];
     Energy::Add(q, rows * text.num_heads, text.head_dim, &energy.queries);
     Energy::Add(k, rows * text.num_kv_heads, text.head_dim, &energy.keys);
+    const int64_t width = int64_t{text.num_kv_heads} * text.head_dim;
+    energy.values.resize(static_cast<size_t>(width));
+    for (int64_t i = 0; i < rows * width; ++i) {
+      energy.values[static_cast<size_t>(i % width)] += double{v[i]} * v[i];
+    }
   };
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(options.model, plain_options));
 
@@ -256,11 +288,25 @@ Status Fit(const Options& options) {
   KvCalibration calibration;
   calibration.calibrated = true;
   fmt::print("{} tokens\n", tokens);
+  ASSIGN_OR_RETURN(const TensorSource source, TensorSource::Open(options.model));
+  const std::string prefix =
+      config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
   for (size_t layer = 0; layer < energies.size(); ++layer) {
     calibration.key_equalization.push_back(Factors(energies[layer]));
     const std::vector<float>& f = calibration.key_equalization.back();
     const auto [low, high] = std::minmax_element(f.begin(), f.end());
-    fmt::print("layer {}: factors from {:.3f} to {:.2f}\n", layer, *low, *high);
+    fmt::print("layer {}: factors of keys from {:.3f} to {:.2f}", layer, *low, *high);
+    if (options.equalize_values) {
+      ASSIGN_OR_RETURN(
+          const std::vector<float> o_proj,
+          source.GetF32(fmt::format("{}layers.{}.self_attn.o_proj.weight", prefix, layer),
+                        {text.hidden_size, int64_t{text.num_heads} * text.head_dim}, Fill::kNormal));
+      calibration.value_equalization.push_back(ValueFactors(energies[layer], tokens, text, o_proj));
+      const std::vector<float>& values = calibration.value_equalization.back();
+      const auto [least, most] = std::minmax_element(values.begin(), values.end());
+      fmt::print(", of values from {:.3g} to {:.3g}", *least, *most);
+    }
+    fmt::print("\n");
   }
   if (!samples.empty()) {
     // Values first, beside 4-bit keys, whose errors do not drown theirs; then keys.
@@ -286,6 +332,7 @@ int Main(int argc, char** argv) {
   app.add_option("--clip", options.clip, "further conversations for clips and gains; 0 keeps them at 1")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
+  app.add_flag("!--no-value-equalization", options.equalize_values, "Leave the value channels as they are");
   CLI11_PARSE(app, argc, argv);
   const Status status = Fit(options);
   if (!status.ok()) fmt::print(stderr, "fit_kv_calibration: {}\n", status.message());

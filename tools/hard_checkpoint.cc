@@ -49,6 +49,8 @@ int main(int argc, char** argv) {
   app.add_option("--value-channels", hardening.value_channels,
                  "Value channels chosen in each layer and KV head")
       ->capture_default_str();
+  app.add_flag("--dense-values", hardening.dense_values,
+               "Scale as many directions drawn at random instead of value channels");
   app.add_option("--seed", hardening.seed, "Of the choice")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
   const triaxial::Status status = triaxial::HardenCheckpoint(from, to, hardening);

@@ -101,7 +101,7 @@ Status RunDemo(const DemoFlags& flags) {
   const KvGeometry geometry = {text.num_layers, text.num_kv_heads, text.head_dim,
                                flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated};
   ASSIGN_OR_RETURN(const KvCalibration calibration,
-                   LoadKvCalibration(flags.model.model, text.num_layers, text.head_dim));
+                   LoadKvCalibration(flags.model.model, text.num_layers, text.num_kv_heads, text.head_dim));
 
   if (!flags.html.empty()) {  // not found out after minutes of playing
     const std::filesystem::path folder = std::filesystem::absolute(flags.html).parent_path();

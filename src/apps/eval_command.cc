@@ -33,17 +33,36 @@ std::string Percent(double rate, const Interval& interval) {
          "]";
 }
 
+// One line: how far attention is off, and whose queries suffer most.
+void PrintOutputErrors(const Evaluation& evaluation) {
+  std::string line;
+  for (const PolicyScores& p : evaluation.policies) {
+    if (p.outputs.Relative() <= 0) continue;
+    int worst = 0;
+    for (int t = 0; t < kTags; ++t) {
+      if (p.outputs.Relative(t) > p.outputs.Relative(worst)) worst = t;
+    }
+    line += fmt::format("{}{} {:.2g} ({} {:.2g})", line.empty() ? "" : ", ", p.policy.name,
+                        p.outputs.Relative(), Name(Tag::FromIndex(worst)), p.outputs.Relative(worst));
+  }
+  if (line.empty()) return;
+  fmt::print(
+      "Attention output, squared error over bf16's squares, in {} layers (worst tag of the token that asks): "
+      "{}\n",
+      evaluation.layers.size(), line);
+}
+
 void PrintTable(const Evaluation& evaluation) {
   Table table({"policy", "bits", "KV bytes/step", "steps exact %", "conversations exact %", "top-1 %",
-               "KL mean", "KL p99", "perplexity", "with thoughts %"},
-              {false, true, true, true, true, true, true, true, true, true});
+               "KL mean", "KL p99", "perplexity", "thoughts too: steps %", "conversations %"},
+              {false, true, true, true, true, true, true, true, true, true, true});
   for (const PolicyScores& p : evaluation.policies) {
     const Fidelity& f = p.fidelity;
     table.Add({Bold(p.policy.name), Fixed(f.effective_bits, 2), Bytes(f.kv_bytes),
                Percent(f.action_match, f.action_match_ci), Percent(f.episode_exact, f.episode_exact_ci),
                Fixed(100 * f.top1_agreement, 2), fmt::format("{:.2e}", f.kl_mean),
                fmt::format("{:.2e}", f.kl_p99), fmt::format("{:.4f}", f.perplexity),
-               Fixed(100 * f.all_exact, 1)});
+               Fixed(100 * f.all_exact, 1), Percent(f.episode_all_exact, f.episode_all_exact_ci)});
   }
   table.Print();
   const Fidelity& f = evaluation.policies[0].fidelity;
@@ -54,6 +73,7 @@ void PrintTable(const Evaluation& evaluation) {
       "intervals, "
       "conversations resampled.\nBits and bytes count whole blocks, metadata and BF16 tails.\n",
       Count(f.conversations).c_str(), Count(f.steps).c_str(), Count(f.tokens).c_str());
+  PrintOutputErrors(evaluation);
 }
 
 // Progress with the time left, on a terminal's stderr.
@@ -81,7 +101,7 @@ Status RunEval(const EvalFlags& flags) {
   ASSIGN_OR_RETURN(const std::vector<EvalPolicy> policies, ParseEvalPolicies(flags.policies, codec));
   EvalOptions options;
   options.model.device = flags.model.device == "cuda" ? Device::kCuda : Device::kCpu;
-  options.model.precision = flags.model.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  options.model.precision = PrecisionOf(flags.model.dtype);
   if (!flags.model.kv_memory.empty()) {
     options.kv_memory = ParseBytes(flags.model.kv_memory);
     if (options.kv_memory <= 0)
@@ -156,8 +176,8 @@ Command AddEval(CLI::App* app) {
   command->add_option("--device", flags->model.device, "Where the model computes")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--dtype", flags->model.dtype, "Arithmetic: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  command->add_option("--dtype", flags->model.dtype, "Arithmetic: bf16; fp8 on a GPU; f32 as the reference")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   command->add_option(
       "--kv-memory", flags->model.kv_memory,

@@ -14,6 +14,13 @@ namespace {
 
 constexpr size_t kWorstAnswers = 5;  // of each policy
 
+Json TagJson(int index) {
+  const Tag tag = Tag::FromIndex(index);
+  return {{"age", std::string(Name(tag.temporal))},
+          {"modal", std::string(Name(tag.modal))},
+          {"semantic", std::string(Name(tag.semantic))}};
+}
+
 // Loss of a token by tag and format, of policies that carry it.
 Json Sensitivities(const Evaluation& evaluation) {
   Json all = Json::array();
@@ -27,11 +34,23 @@ Json Sensitivities(const Evaluation& evaluation) {
     for (int t = 0; t < kTags; ++t) {
       const auto& loss = policy.distortion[static_cast<size_t>(t)];
       if (policy.counts[static_cast<size_t>(t)] <= 0) continue;
-      const Tag tag = Tag::FromIndex(t);
-      entry["tags"].push_back({{"age", std::string(Name(tag.temporal))},
-                               {"modal", std::string(Name(tag.modal))},
-                               {"semantic", std::string(Name(tag.semantic))},
-                               {"loss", loss}});
+      entry["tags"].push_back({{"tag", TagJson(t)}, {"loss", loss}});
+    }
+    all.push_back(std::move(entry));
+  }
+  return all;
+}
+
+// Squared error of the attention output over squared output, by the tag of the token that asks.
+Json AttentionErrors(const Evaluation& evaluation) {
+  Json all = Json::array();
+  for (const PolicyScores& p : evaluation.policies) {
+    if (p.outputs.Relative() <= 0) continue;
+    Json entry = {{"policy", p.policy.name}, {"tags", Json::array()}};
+    for (int t = 0; t < kTags; ++t) {
+      const int64_t queries = p.outputs.queries[static_cast<size_t>(t)];
+      if (queries == 0) continue;
+      entry["tags"].push_back({{"tag", TagJson(t)}, {"value", p.outputs.Relative(t)}, {"queries", queries}});
     }
     all.push_back(std::move(entry));
   }
@@ -89,6 +108,7 @@ Result<std::string> EvaluationPage(const Evaluation& evaluation, const Json& jso
   Json data = {{"evaluation", json},
                {"formats", Json::array()},
                {"sensitivities", Sensitivities(evaluation)},
+               {"attention", AttentionErrors(evaluation)},
                {"worst", Json::array()}};
   for (int f = 0; f < kFormats; ++f) data["formats"].push_back(std::string(Name(static_cast<Format>(f))));
   std::map<int32_t, RecordedConversation> conversations;

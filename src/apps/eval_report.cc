@@ -7,6 +7,16 @@ namespace {
 
 Json Pair(const Interval& interval) { return Json::array({interval.low, interval.high}); }
 
+Json OutputErrorsJson(const OutputErrors& outputs) {
+  Json json = {{"relative", outputs.Relative()}, {"by_tag", Json::object()}};
+  for (int t = 0; t < kTags; ++t) {
+    const int64_t queries = outputs.queries[static_cast<size_t>(t)];
+    if (queries == 0) continue;
+    json["by_tag"][Name(Tag::FromIndex(t))] = {{"relative", outputs.Relative(t)}, {"queries", queries}};
+  }
+  return json;
+}
+
 }  // namespace
 
 Json EvaluationJson(const Evaluation& evaluation, const std::string& model, const std::string& trajectories) {
@@ -14,8 +24,10 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
   const auto reference = std::find_if(evaluation.policies.begin(), evaluation.policies.end(),
                                       [](const PolicyScores& p) { return p.policy.policy.name == "bf16"; });
   const Fidelity& any = evaluation.policies[0].fidelity;
-  Json json = {{"model", model},     {"trajectories", trajectories}, {"conversations", any.conversations},
-               {"steps", any.steps}, {"tokens", any.tokens},         {"policies", Json::array()}};
+  Json json = {
+      {"model", model},           {"trajectories", trajectories}, {"conversations", any.conversations},
+      {"steps", any.steps},       {"tokens", any.tokens},         {"layers", evaluation.layers},
+      {"policies", Json::array()}};
   for (const PolicyScores& p : evaluation.policies) {
     const Fidelity& f = p.fidelity;
     Json row = {{"name", p.policy.name},
@@ -28,6 +40,8 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
                 {"all_tokens_exact_ci", Pair(f.all_exact_ci)},
                 {"episode_exact", f.episode_exact},
                 {"episode_exact_ci", Pair(f.episode_exact_ci)},
+                {"episode_all_tokens_exact", f.episode_all_exact},
+                {"episode_all_tokens_exact_ci", Pair(f.episode_all_exact_ci)},
                 {"top1_agreement", f.top1_agreement},
                 {"kl_mean", f.kl_mean},
                 {"kl_p99", f.kl_p99},
@@ -47,7 +61,9 @@ Json EvaluationJson(const Evaluation& evaluation, const std::string& model, cons
     };
     row["minus_bf16"] = {{"action_match_ci", difference(Measure::kAction)},
                          {"all_tokens_exact_ci", difference(Measure::kAllTokens)},
-                         {"episode_exact_ci", difference(Measure::kEpisode)}};
+                         {"episode_exact_ci", difference(Measure::kEpisode)},
+                         {"episode_all_tokens_exact_ci", difference(Measure::kEpisodeAllTokens)}};
+    if (!p.outputs.layers.empty()) row["attention_error"] = OutputErrorsJson(p.outputs);
     json["policies"].push_back(std::move(row));
   }
   return json;

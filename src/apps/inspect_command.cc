@@ -64,8 +64,9 @@ Command AddInspect(CLI::App* app) {
   return [flags]() -> Status {
     const std::string& directory = flags->model.model;
     ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(directory));
-    ASSIGN_OR_RETURN(const KvCalibration calibration,
-                     LoadKvCalibration(directory, config.text.num_layers, config.text.head_dim));
+    ASSIGN_OR_RETURN(
+        const KvCalibration calibration,
+        LoadKvCalibration(directory, config.text.num_layers, config.text.num_kv_heads, config.text.head_dim));
     int64_t parameters = 0, bytes = 0;
     Checkpoint checkpoint;
     if (flags->model.load_format != "dummy") {

@@ -8,9 +8,12 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "calib/sensitivity.h"
 
 namespace triaxial {
 namespace {
+
+constexpr int kWatchedLayers = 4;
 
 // The policies of one codec, by index, and the model that runs them.
 struct Group {
@@ -34,8 +37,14 @@ FeaturesOf EncodeImages(const RecordedConversation& conversation, const Preproce
 class ConversationRun {
  public:
   ConversationRun(const RecordedConversation& conversation, int32_t index, const EvalOptions& options,
-                  const FeaturesOf& features)
-      : conversation_(conversation), index_(index), options_(options), features_(features) {}
+                  const FeaturesOf& features, OutputMeter* outputs)
+      : conversation_(conversation),
+        index_(index),
+        options_(options),
+        features_(features),
+        outputs_(outputs) {
+    outputs_->Begin(conversation.longest);
+  }
 
   // Also the scores of `bf16`, if that is not null: the reference has them by itself.
   Status RunReference(Model* model, const Policy& bf16, PolicyScores* scores, std::vector<float>* kl) {
@@ -46,6 +55,7 @@ class ConversationRun {
       const RecordedStep& step = conversation_.steps[s];
       std::vector<ReferenceRow>& reference = reference_.emplace_back(step.output.size());
       std::vector<TokenScore> tokens(step.output.size());
+      outputs_->Keep(s, *replay);
       RETURN_IF_ERROR(
           replay->Play(step, features_, [&](std::span<const Replay::Row> rows, const float* logits) {
             ParallelFor(static_cast<int64_t>(rows.size()), [&](int64_t i) {
@@ -66,12 +76,17 @@ class ConversationRun {
                      std::vector<std::vector<float>>* kl) {
     const auto vocab = static_cast<size_t>(model->config().text.vocab_size);
     std::vector<Policy> policies;
-    for (const size_t i : chosen) policies.push_back((*scores)[i].policy.policy);
+    std::vector<OutputErrors*> errors;
+    for (const size_t i : chosen) {
+      policies.push_back((*scores)[i].policy.policy);
+      errors.push_back(&(*scores)[i].outputs);
+    }
     ASSIGN_OR_RETURN(const std::unique_ptr<Replay> replay,
                      Replay::Create(model, policies, conversation_.longest, options_.replay));
     for (size_t s = 0; s < conversation_.steps.size(); ++s) {
       const RecordedStep& step = conversation_.steps[s];
       std::vector<std::vector<TokenScore>> tokens(chosen.size(), std::vector<TokenScore>(step.output.size()));
+      outputs_->Compare(s, *replay, errors);
       RETURN_IF_ERROR(
           replay->Play(step, features_, [&](std::span<const Replay::Row> rows, const float* logits) {
             ParallelFor(static_cast<int64_t>(rows.size()), [&](int64_t i) {
@@ -121,6 +136,7 @@ class ConversationRun {
   int32_t index_;
   const EvalOptions& options_;
   const FeaturesOf& features_;
+  OutputMeter* outputs_;
   std::vector<std::vector<ReferenceRow>> reference_;  // [steps][output tokens]
 };
 
@@ -139,6 +155,13 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
   // The reference is what `bf16` is in the first policy's codec, and need not be run twice.
   size_t bf16_index = evaluation.policies.size();
 
+  const TextConfig& text = served.config.text;
+  const bool watched = options.model.device == Device::kCpu;
+  OutputMeter outputs(watched ? SpreadLayers(text.num_layers, kWatchedLayers) : std::vector<int>(),
+                      int64_t{text.num_heads} * text.head_dim);
+  evaluation.layers = outputs.layers();
+  for (PolicyScores& p : evaluation.policies) p.outputs = outputs.Empty();
+
   std::vector<Group> groups;
   for (const Codec codec :
        {policies[0].codec, policies[0].codec == Codec::kPaper ? Codec::kRotated : Codec::kPaper}) {
@@ -155,6 +178,11 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
     if (group.policies.empty() && !groups.empty()) continue;
     ModelOptions model_options = options.model;
     model_options.codec = codec;
+    if (watched) {
+      model_options.output_observer = [&outputs](int layer, int64_t, const float* out) {
+        outputs.Observe(layer, out);
+      };
+    }
     ASSIGN_OR_RETURN(group.model, Model::Load(served.directory, model_options));
     for (PolicyScores& p : evaluation.policies) {
       if (p.policy.codec == codec) p.geometry = group.model->geometry();
@@ -171,7 +199,7 @@ Result<Evaluation> Evaluate(const ServedModel& served, const RecordedFile& recor
     ASSIGN_OR_RETURN(const RecordedConversation conversation, PrepareRecorded(served, recorded, c));
     evaluation.conversations.push_back(conversation.id);
     const FeaturesOf features = EncodeImages(conversation, served.preprocessor, reference);
-    ConversationRun run(conversation, static_cast<int32_t>(c), options, features);
+    ConversationRun run(conversation, static_cast<int32_t>(c), options, features, &outputs);
     const bool wanted = bf16_index < evaluation.policies.size();
     RETURN_IF_ERROR(run.RunReference(reference, bf16, wanted ? &evaluation.policies[bf16_index] : nullptr,
                                      wanted ? &kl[bf16_index] : nullptr));

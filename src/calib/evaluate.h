@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "calib/eval_policy.h"
 #include "calib/fidelity.h"
+#include "calib/output_error.h"
 #include "calib/recorded_steps.h"
 #include "calib/replay.h"
 #include "kv/policy.h"
@@ -34,11 +35,13 @@ struct PolicyScores {
   std::vector<StepScore> steps;
   std::vector<std::vector<Format>> blocks;  // [steps] of the conversation's cache when the answer ends
   Fidelity fidelity;
+  OutputErrors outputs;  // without layers on a GPU, where nobody sees them
 };
 
 struct Evaluation {
   std::vector<std::string> conversations;  // ids
   std::vector<PolicyScores> policies;      // those asked for, `bf16` in front if it was not among them
+  std::vector<int> layers;                 // of PolicyScores::outputs
 };
 
 // Loads the model once for each codec. All policies see the same prompts and the same recorded tokens; the

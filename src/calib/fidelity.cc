@@ -110,15 +110,16 @@ Interval BootstrapDifference(std::span<const ConversationCount> a, std::span<con
 }
 
 std::vector<ConversationCount> CountByConversation(std::span<const StepScore> steps, Measure measure) {
+  const bool all_tokens = measure == Measure::kAllTokens || measure == Measure::kEpisodeAllTokens;
   std::vector<ConversationCount> counts;
   int32_t last = -1;
   for (const StepScore& step : steps) {
     if (counts.empty() || step.conversation != last) counts.emplace_back();
     last = step.conversation;
     ++counts.back().total;
-    counts.back().hits += measure == Measure::kAllTokens ? step.exact : step.action;
+    counts.back().hits += all_tokens ? step.exact : step.action;
   }
-  if (measure != Measure::kEpisode) return counts;
+  if (measure == Measure::kAllTokens || measure == Measure::kAction) return counts;
   for (ConversationCount& count : counts) count = {count.hits == count.total, 1};
   return counts;
 }
@@ -160,6 +161,7 @@ Fidelity Summarize(std::span<const StepScore> steps, std::span<float> kl, int64_
   rate(Measure::kAllTokens, &f.all_exact, &f.all_exact_ci);
   rate(Measure::kAction, &f.action_match, &f.action_match_ci);
   rate(Measure::kEpisode, &f.episode_exact, &f.episode_exact_ci);
+  rate(Measure::kEpisodeAllTokens, &f.episode_all_exact, &f.episode_all_exact_ci);
   return f;
 }
 

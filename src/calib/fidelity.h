@@ -58,6 +58,8 @@ struct Fidelity {
   Interval action_match_ci;
   double episode_exact = 0;  // conversations all of whose actions match
   Interval episode_exact_ci;
+  double episode_all_exact = 0;  // all of whose tokens are exact, thoughts too
+  Interval episode_all_exact_ci;
   double top1_agreement = 0;
   double kl_mean = 0;
   double kl_p99 = 0;
@@ -80,7 +82,7 @@ Interval Bootstrap(std::span<const ConversationCount> counts, uint64_t seed);
 Interval BootstrapDifference(std::span<const ConversationCount> a, std::span<const ConversationCount> b,
                              uint64_t seed);
 
-enum class Measure { kAllTokens, kAction, kEpisode };
+enum class Measure { kAllTokens, kAction, kEpisode, kEpisodeAllTokens };
 // Per conversation, in order of first appearance.
 std::vector<ConversationCount> CountByConversation(std::span<const StepScore> steps, Measure measure);
 

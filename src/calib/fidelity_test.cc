@@ -65,6 +65,7 @@ TEST(Summarize, CountsStepsConversationsAndBytes) {
   EXPECT_DOUBLE_EQ(f.all_exact, 3.0 / 5);
   EXPECT_DOUBLE_EQ(f.action_match, 4.0 / 5);
   EXPECT_DOUBLE_EQ(f.episode_exact, 2.0 / 3);
+  EXPECT_DOUBLE_EQ(f.episode_all_exact, 1.0 / 3);
   EXPECT_DOUBLE_EQ(f.top1_agreement, 0.9);
   EXPECT_NEAR(f.perplexity, 2, 1e-9);
   EXPECT_NEAR(f.kl_mean, 0.1, 1e-9);

@@ -30,6 +30,15 @@ struct Scaling {
 };
 using Scalings = std::map<std::string, Scaling>;  // by tensor
 
+// Directions of the blocks that the rows of a matrix, or its columns, are made of: what lies along one is
+// multiplied by `scale`.
+struct Stretch {
+  bool rows = false;
+  std::vector<std::vector<std::vector<double>>> directions;  // [blocks][n][block's width], orthonormal
+  double scale = 1;
+};
+using Stretches = std::map<std::string, Stretch>;  // by tensor
+
 std::vector<int> Choose(int count, int from, uint64_t seed) {
   std::vector<int> channels(static_cast<size_t>(from));
   std::iota(channels.begin(), channels.end(), 0);
@@ -41,13 +50,56 @@ std::vector<int> Choose(int count, int from, uint64_t seed) {
   return channels;
 }
 
+std::vector<std::vector<double>> DrawDirections(int count, int width, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  std::vector<std::vector<double>> directions;
+  for (int i = 0; i < count; ++i) {
+    std::vector<double> direction(static_cast<size_t>(width));
+    for (double& x : direction) x = normal(random);
+    for (const std::vector<double>& other : directions) {
+      const double along = std::inner_product(direction.begin(), direction.end(), other.begin(), 0.0);
+      for (size_t c = 0; c < direction.size(); ++c) direction[c] -= along * other[c];
+    }
+    const double norm =
+        std::sqrt(std::inner_product(direction.begin(), direction.end(), direction.begin(), 0.0));
+    for (double& x : direction) x /= norm;
+    directions.push_back(std::move(direction));
+  }
+  return directions;
+}
+
+std::string AttentionOf(const ModelConfig& config, int layer) {
+  const bool vl = config.architecture == Architecture::kQwen3Vl;
+  return fmt::format("model.{}layers.{}.self_attn.", vl ? "language_model." : "", layer);
+}
+
+Stretches PlanStretches(const ModelConfig& config, const Hardening& h) {
+  Stretches plan;
+  if (!h.dense_values || h.value_scale == 1) return plan;
+  const TextConfig& c = config.text;
+  for (int layer = 0; layer < c.num_layers; ++layer) {
+    Stretch values{true, {}, static_cast<double>(h.value_scale)};
+    Stretch outputs{false, {}, 1.0 / h.value_scale};
+    for (int head = 0; head < c.num_kv_heads; ++head) {
+      const uint64_t seed = (h.seed * 1'000'003 + static_cast<uint64_t>(layer)) * 1'000'003;
+      values.directions.push_back(
+          DrawDirections(h.value_channels, c.head_dim, seed + static_cast<uint64_t>(head)));
+      for (int q = 0; q < c.num_heads / c.num_kv_heads; ++q) {
+        outputs.directions.push_back(values.directions.back());
+      }
+    }
+    plan[AttentionOf(config, layer) + "v_proj.weight"] = std::move(values);
+    plan[AttentionOf(config, layer) + "o_proj.weight"] = std::move(outputs);
+  }
+  return plan;
+}
+
 Scalings PlanScalings(const ModelConfig& config, const Hardening& h) {
   const TextConfig& c = config.text;
-  const std::string prefix =
-      config.architecture == Architecture::kQwen3Vl ? "model.language_model.layers." : "model.layers.";
   Scalings plan;
   for (int layer = 0; layer < c.num_layers; ++layer) {
-    const std::string attention = fmt::format("{}{}.self_attn.", prefix, layer);
+    const std::string attention = AttentionOf(config, layer);
     const uint64_t seed = h.seed * 1'000'003 + static_cast<uint64_t>(layer) * 2;
     Scaling pairs;
     const std::vector<int> channels = h.key_channels.empty() ? Choose(h.key_pairs, c.head_dim / 2, seed)
@@ -63,7 +115,7 @@ Scalings PlanScalings(const ModelConfig& config, const Hardening& h) {
       pairs.scale = 1 / key_scale;
       plan[attention + "q_norm.weight"] = pairs;
     }
-    if (h.value_scale == 1) continue;
+    if (h.value_scale == 1 || h.dense_values) continue;
     Scaling values;
     Scaling outputs;
     values.scale = static_cast<float>(h.value_scale);
@@ -129,25 +181,63 @@ Status ApplyScaling(const Scaling& scaling, const std::string& tensor, const Ten
   return OkStatus();
 }
 
+Status ApplyStretch(const Stretch& stretch, const std::string& tensor, const TensorView& view, char* data) {
+  const int64_t width = view.shape.back();
+  const int64_t height = view.elements / width;
+  const int64_t size = ByteSize(view.dtype);
+  const auto blocks = static_cast<int64_t>(stretch.directions.size());
+  const int64_t block = (stretch.rows ? height : width) / blocks;
+  const int64_t lines = stretch.rows ? width : height;  // each crosses all blocks
+  for (int64_t line = 0; line < lines; ++line) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const auto at = [&](int64_t i) {
+        const int64_t across = b * block + i;
+        return data + (stretch.rows ? across * width + line : line * width + across) * size;
+      };
+      std::vector<double> x(static_cast<size_t>(block));
+      for (int64_t i = 0; i < block; ++i) x[static_cast<size_t>(i)] = Load(view.dtype, at(i));
+      for (const std::vector<double>& direction : stretch.directions[static_cast<size_t>(b)]) {
+        const double more =
+            (stretch.scale - 1) * std::inner_product(x.begin(), x.end(), direction.begin(), 0.0);
+        for (size_t i = 0; i < x.size(); ++i) x[i] += more * direction[i];
+      }
+      for (int64_t i = 0; i < block; ++i) {
+        Store(view.dtype, static_cast<float>(x[static_cast<size_t>(i)]), at(i));
+        if (std::isfinite(Load(view.dtype, at(i)))) continue;
+        return InvalidArgument(
+            fmt::format("{}: its type {} cannot hold a weight of the stretched heads; use a "
+                        "smaller scale",
+                        tensor, Name(view.dtype)));
+      }
+    }
+  }
+  return OkStatus();
+}
+
 // Rewrites one safetensors file, which Checkpoint::Open has found good: an 8-byte length, the header, the
 // data.
 Status RewriteShard(const std::string& from, const std::string& to, const Checkpoint& checkpoint,
-                    const Scalings& plan) {
+                    const Scalings& plan, const Stretches& stretches) {
   ASSIGN_OR_RETURN(std::string bytes, ReadFile(from, size_t{1} << 40));
   uint64_t header_bytes = 0;
   std::memcpy(&header_bytes, bytes.data(), sizeof(header_bytes));
   const char* header_begin = bytes.data() + sizeof(header_bytes);
   const nlohmann::json header = nlohmann::json::parse(header_begin, header_begin + header_bytes);
-  for (const auto& [name, scaling] : plan) {
-    if (!header.contains(name)) continue;
-    const auto view = checkpoint.tensors().find(name);
-    if (view == checkpoint.tensors().end()) {
-      return InvalidArgument(from + ": " + name + " has a type that cannot be scaled");
+  const auto apply = [&](const auto& by_name, const auto& change) -> Status {
+    for (const auto& [name, what] : by_name) {
+      if (!header.contains(name)) continue;
+      const auto view = checkpoint.tensors().find(name);
+      if (view == checkpoint.tensors().end()) {
+        return InvalidArgument(from + ": " + name + " has a type that cannot be scaled");
+      }
+      const uint64_t begin =
+          sizeof(header_bytes) + header_bytes + header[name]["data_offsets"][0].template get<uint64_t>();
+      RETURN_IF_ERROR(change(what, name, view->second, bytes.data() + begin));
     }
-    const uint64_t begin =
-        sizeof(header_bytes) + header_bytes + header[name]["data_offsets"][0].get<uint64_t>();
-    RETURN_IF_ERROR(ApplyScaling(scaling, name, view->second, bytes.data() + begin));
-  }
+    return OkStatus();
+  };
+  RETURN_IF_ERROR(apply(plan, ApplyScaling));
+  RETURN_IF_ERROR(apply(stretches, ApplyStretch));
   return WriteFile(to, bytes);
 }
 
@@ -190,7 +280,11 @@ Status HardenCheckpoint(const std::string& from, const std::string& to, const Ha
   RETURN_IF_ERROR(CheckHardening(config, hardening));
   ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(from));
   const Scalings plan = PlanScalings(config, hardening);
-  for (const auto& [name, scaling] : plan) {
+  const Stretches stretches = PlanStretches(config, hardening);
+  std::vector<std::string> names;
+  for (const auto& [name, scaling] : plan) names.push_back(name);
+  for (const auto& [name, stretch] : stretches) names.push_back(name);
+  for (const std::string& name : names) {
     if (!checkpoint.Has(name))
       return NotFound(from + " has no tensor " + name + ", whose scale would change");
     if (name.ends_with("v_proj.weight") &&
@@ -209,7 +303,7 @@ Status HardenCheckpoint(const std::string& from, const std::string& to, const Ha
     }
     const std::string target = (fs::path(to) / entry.path().filename()).string();
     if (entry.path().extension() == ".safetensors") {
-      RETURN_IF_ERROR(RewriteShard(entry.path().string(), target, checkpoint, plan));
+      RETURN_IF_ERROR(RewriteShard(entry.path().string(), target, checkpoint, plan, stretches));
     } else {
       fs::copy_file(entry.path(), target, fs::copy_options::overwrite_existing, error);
       if (error) return Internal("cannot write " + target + ": " + error.message());

@@ -12,7 +12,7 @@
 namespace triaxial {
 
 // Scales are powers of two, so that nothing is rounded: BF16 keys and values are scaled exactly, and so is
-// all that undoes it.
+// all that undoes it. Only with dense_values the weights are rounded anew.
 struct Hardening {
   int key_scale = 32;  // k_norm of a chosen channel is multiplied by it, q_norm divided
   int key_pairs = 4;   // channels c < head_dim / 2 in each layer, each with the other half of its RoPE pair
@@ -20,7 +20,10 @@ struct Hardening {
   int value_scale =
       1;  // rows of v_proj are multiplied by it, the columns of o_proj that read them divided; 1: none
   int value_channels = 4;  // of each KV head in each layer
-  uint64_t seed = 0;       // of the choice of channels
+  // Not channels but so many orthonormal directions of a head are scaled, drawn at random: no channel alone
+  // is loud, and no factors of channels make them quiet.
+  bool dense_values = false;
+  uint64_t seed = 0;  // of the choice of channels and directions
 };
 
 // Writes `to` (made if it does not exist) with all files of the checkpoint `from`, its weights changed.

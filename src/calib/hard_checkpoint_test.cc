@@ -56,6 +56,12 @@ double LargestDifference(const std::vector<float>& a, const std::vector<float>& 
   return largest;
 }
 
+double MeanSquare(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += std::pow(double{a[i]} - b[i], 2);
+  return sum / static_cast<double>(a.size());
+}
+
 TEST(HardCheckpoint, KeepsTheFunctionAndBreaksFourBitKeys) {
   const Directory hard("hard_checkpoint");
   ASSERT_TRUE(HardenCheckpoint(kModel, hard.path(), {.key_scale = 32, .value_scale = 8}).ok());
@@ -64,6 +70,37 @@ TEST(HardCheckpoint, KeepsTheFunctionAndBreaksFourBitKeys) {
   const double before = LargestDifference(plain, Logits(kModel, Format::kK4V4));
   const double after = LargestDifference(plain, Logits(hard.path(), Format::kK4V4));
   EXPECT_GT(after, 5 * before);
+}
+
+// Directions that no channel is: four-bit values break all the same, and the function stays up to the
+// rounding of weights.
+TEST(HardCheckpoint, DenseValuesKeepTheFunctionAndBreakFourBitValues) {
+  const Directory hard("hard_checkpoint_dense");
+  ASSERT_TRUE(
+      HardenCheckpoint(kModel, hard.path(), {.key_scale = 1, .value_scale = 64, .dense_values = true}).ok());
+  const std::vector<float> plain = Logits(kModel, Format::kBf16);
+  const double kept = MeanSquare(plain, Logits(hard.path(), Format::kBf16));
+  const double before = MeanSquare(plain, Logits(kModel, Format::kK4V4));
+  const double after = MeanSquare(plain, Logits(hard.path(), Format::kK4V4));
+  EXPECT_LT(kept, before);
+  EXPECT_GT(after, 5 * before);
+  const Checkpoint from = std::move(Checkpoint::Open(kModel)).value();
+  const Checkpoint to = std::move(Checkpoint::Open(hard.path())).value();
+  const std::string name = "model.language_model.layers.0.self_attn.v_proj.weight";
+  const TensorView& view = from.tensors().at(name);
+  std::vector<float> a(static_cast<size_t>(view.elements)), b(a.size());
+  CopyToF32(view, a.data());
+  CopyToF32(to.tensors().at(name), b.data());
+  // Every row is louder than it was, not four of them alone.
+  const int64_t width = view.shape[1];
+  for (int64_t r = 0; r < view.shape[0]; ++r) {
+    double grown = 0, was = 0;
+    for (int64_t i = r * width; i < (r + 1) * width; ++i) {
+      grown += std::pow(b[static_cast<size_t>(i)], 2);
+      was += std::pow(a[static_cast<size_t>(i)], 2);
+    }
+    EXPECT_GT(grown, 1.2 * was) << r;
+  }
 }
 
 TEST(HardCheckpoint, TakesChannelsThatAreNamed) {

@@ -138,7 +138,7 @@ Status Replay::AddPiece(const RecordedStep& step, const FeaturesOf& features, si
     CHECK(found != features.end());
     batch_.visual.push_back({row + first - begin, first - image.begin, last - first, &found->second});
   }
-  in_step_.push_back(index);
+  pieces_.push_back({index, begin, row, tokens});
   return OkStatus();
 }
 
@@ -158,7 +158,7 @@ Status Replay::Play(const RecordedStep& step, const FeaturesOf& features, const 
   while (!std::all_of(lanes_.begin(), lanes_.end(), done)) {
     batch_.Clear();
     rows_.clear();
-    in_step_.clear();
+    pieces_.clear();
     for (size_t i = 0; i < lanes_.size(); ++i) {
       if (done(lanes_[i])) continue;
       const int32_t piece_end = PieceEnd(step, lanes_[i]);
@@ -168,9 +168,10 @@ Status Replay::Play(const RecordedStep& step, const FeaturesOf& features, const 
     }
     if (logits_.size() < rows_.size() * vocab) logits_.resize(rows_.size() * vocab);
     model_->Forward(batch_, memory_.get(), logits_.data());
-    for (const size_t i : in_step_) {
-      lanes_[i].cache.FinishStep();
-      lanes_[i].computed = lanes_[i].cache.Length(lanes_[i].id);
+    for (const Piece& piece : pieces_) {
+      Lane& lane = lanes_[piece.lane];
+      lane.cache.FinishStep();
+      lane.computed = lane.cache.Length(lane.id);
     }
     if (!rows_.empty()) sink(rows_, logits_.data());
   }

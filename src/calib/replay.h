@@ -35,6 +35,13 @@ class Replay {
     size_t lane = 0;
     size_t token = 0;
   };
+  // Tokens of a lane that one call of the model computes, in order.
+  struct Piece {
+    size_t lane = 0;
+    int32_t begin = 0;  // of the step's tokens
+    int32_t row = 0;    // the first one's in the call
+    std::span<const KvToken> tokens;
+  };
   // `logits` is [rows][vocab_size].
   using Sink = std::function<void(std::span<const Row> rows, const float* logits)>;
 
@@ -56,6 +63,8 @@ class Replay {
   const KvUsage& Usage(size_t lane) const { return lanes_[lane].usage; }
   const std::vector<Format>& Blocks(size_t lane) const { return lanes_[lane].blocks; }
   size_t lanes() const { return lanes_.size(); }
+  // What the model computes while Play calls it.
+  std::span<const Piece> pieces() const { return pieces_; }
 
  private:
   struct Lane {
@@ -88,7 +97,7 @@ class Replay {
   Batch batch_;
   KvAppend append_;
   std::vector<Row> rows_;
-  std::vector<size_t> in_step_;
+  std::vector<Piece> pieces_;
   std::vector<float> logits_;
 };
 

@@ -59,6 +59,9 @@ struct EngineSnapshot {
   int64_t prompt_tokens = 0;
   int64_t generation_tokens = 0;
   int64_t steps = 0;
+  // Of the engine's thread while it had work: in the model, and in all else (plans, bookkeeping, events).
+  double model_seconds = 0;
+  double host_seconds = 0;
 };
 
 class Engine {

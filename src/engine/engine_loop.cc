@@ -46,6 +46,7 @@ EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> m
       check_when_idle_(options.check_when_idle) {}
 
 void EngineLoop::Run() {
+  Clock::time_point since = Clock::now();
   while (true) {
     if (mailbox_->has_mail()) TakeMail();
     if (scheduler_.idle()) {
@@ -55,11 +56,14 @@ void EngineLoop::Run() {
       }
       PublishSnapshot();
       if (!mailbox_->Wait()) return SaveSessions();
+      since = Clock::now();
       continue;
     }
     if (may_be_late_) FailLate();
     RunStep();
     RemoveFinished();
+    const Clock::time_point now = Clock::now();
+    busy_seconds_ += Seconds(std::exchange(since, now), now);
     PublishSnapshot();
   }
 }
@@ -111,7 +115,11 @@ void EngineLoop::RunStep() {
     if (!EncodeImages()) return;
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
-    if (!step_.empty()) executor_.Run(step_);
+    if (!step_.empty()) {
+      const Clock::time_point begin = Clock::now();
+      executor_.Run(step_);
+      model_seconds_ += Seconds(begin, Clock::now());
+    }
     if (scheduler_.waits_for_blocks()) backing_.WaitForFetched();
   } catch (const std::exception& e) {
     return FailStep(e.what());
@@ -137,7 +145,9 @@ bool EngineLoop::EncodeImages() {
     auto* request = static_cast<RequestState*>(rows.sequence);
     if (rows.begin >= request->prompt_tokens) continue;
     try {
+      const Clock::time_point begin = Clock::now();
       executor_.EncodeImages(request, rows.begin, rows.count);
+      model_seconds_ += Seconds(begin, Clock::now());
     } catch (const std::exception& e) {
       Finish(request, FinishReason::kError,
              Internal(Sentence("an image of the request could not be encoded: {}", e.what())));
@@ -385,6 +395,8 @@ void EngineLoop::PublishSnapshot() {
   snapshot_.prompt_tokens = prompt_tokens_;
   snapshot_.generation_tokens = generation_tokens_;
   snapshot_.steps = steps_;
+  snapshot_.model_seconds = model_seconds_;
+  snapshot_.host_seconds = busy_seconds_ - model_seconds_;
 }
 
 EngineSnapshot EngineLoop::Snapshot() const {

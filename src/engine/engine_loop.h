@@ -84,6 +84,7 @@ class EngineLoop {
   int64_t integrity_errors_ = 0;
   int64_t generation_tokens_ = 0;
   int64_t steps_ = 0;
+  double busy_seconds_ = 0, model_seconds_ = 0;
 
   mutable std::mutex snapshot_mutex_;
   EngineSnapshot snapshot_;

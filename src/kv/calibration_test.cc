@@ -22,7 +22,7 @@ class CalibrationTest : public testing::Test {
   void TearDown() override { std::filesystem::remove_all(directory_); }
   std::string path() const { return (directory_ / "kv_calibration.json").string(); }
   Result<KvCalibration> Load(int layers, int head_dim) {
-    return LoadKvCalibration(directory_.string(), layers, head_dim);
+    return LoadKvCalibration(directory_.string(), layers, /*num_kv_heads=*/2, head_dim);
   }
   // A file for one layer of head_dim 4 with one part of the text replaced.
   std::string ErrorAfter(const std::string& from, const std::string& to) {
@@ -55,12 +55,15 @@ TEST_F(CalibrationTest, SavedFloatsComeBackExactly) {
   for (int layer = 0; layer < 20; ++layer) {
     auto& factors = calibration.key_equalization.emplace_back();
     for (int i = 0; i < 64; ++i) factors.push_back(std::exp2(exponent(rng)));
+    auto& values = calibration.value_equalization.emplace_back();
+    for (int i = 0; i < 256; ++i) values.push_back(std::exp2(std::round(exponent(rng))));
   }
   ASSERT_TRUE(SaveKvCalibration(path(), calibration, 128).ok());
   const auto loaded = Load(20, 128);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
   EXPECT_TRUE(loaded->calibrated);
   EXPECT_EQ(loaded->key_equalization, calibration.key_equalization);
+  EXPECT_EQ(loaded->value_equalization, calibration.value_equalization);
   EXPECT_EQ(loaded->clip, calibration.clip);
 }
 
@@ -70,6 +73,7 @@ TEST_F(CalibrationTest, ReadsAHandWrittenFile) {
   ASSERT_TRUE(calibration.ok());
   EXPECT_EQ(calibration->key_equalization, (std::vector<std::vector<float>>{{1.5f, 2.0f}}));
   EXPECT_EQ(calibration->clip, (ClipRatios{0.9f, 1.0f}));
+  EXPECT_TRUE(calibration->value_equalization.empty());
 }
 
 TEST_F(CalibrationTest, EachMistakeIsNamed) {
@@ -90,6 +94,14 @@ TEST_F(CalibrationTest, EachMistakeIsNamed) {
       {"1.5, 2]", "1.5, 0]", "'key_equalization[0][1]'", "a number from", "found 0"},
       {"1.5, 2]", "-1.5, 2]", "'key_equalization[0][0]'", "a number from", "found -1.5"},
       {"1.5, 2]", "1.5, 1e300]", "'key_equalization[0][1]'", "a number from", "found 1e+300"},
+      {"\"clip_v2\"", "\"value_equalization\": [], \"clip_v2\"", "'value_equalization'", "1 layers",
+       "found 0"},
+      {"\"clip_v2\"", "\"value_equalization\": [[1, 2]], \"clip_v2\"", "'value_equalization[0]'", "8 factors",
+       "found 2"},
+      {"\"clip_v2\"", "\"value_equalization\": [[1, 2, 4, 8, 1, 1, 3, 1]], \"clip_v2\"",
+       "'value_equalization[0][6]'", "a power of two", "found 3"},
+      {"\"clip_v2\"", "\"value_equalization\": [[1, 2, 4, 8, 1, 1, 1, -2]], \"clip_v2\"",
+       "'value_equalization[0][7]'", "a number from", "found -2"},
       {"\"clip_v2\"", "\"clip\": 1, \"clip_v2\"", "'clip'", "unknown", "remove"},
   };
   for (const auto& mistake : kMistakes) {

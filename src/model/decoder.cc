@@ -45,15 +45,17 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Elemen
         layer.k_norm[channel] /= factor;
       }
     }
+    ValueParts values = EqualizedValues(c, codec, calibration, attention, i);
     ASSIGN_OR_RETURN(layer.qkv, loader->Load({{attention + "q_proj", c.num_heads * dim},
                                               {attention + "k_proj", c.num_kv_heads * dim},
-                                              {attention + "v_proj", c.num_kv_heads * dim}},
+                                              values.v},
                                              {hidden}, Element::kF32, Epilogue::kNone, false));
-    ASSIGN_OR_RETURN(layer.o, loader->Load({{attention + "o_proj", hidden}}, {c.num_heads * dim},
-                                           Element::kF32, Epilogue::kAdd, false));
+    ASSIGN_OR_RETURN(layer.o,
+                     loader->Load({values.o}, {c.num_heads * dim}, Element::kF32, Epilogue::kAdd, false));
+    layer.output_factors = std::move(values.o.column_factors);
     ASSIGN_OR_RETURN(layer.gate_up, loader->Load({{name + "mlp.gate_proj", c.intermediate_size},
                                                   {name + "mlp.up_proj", c.intermediate_size}},
-                                                 {hidden}, element, Epilogue::kNone, false));
+                                                 {hidden}, Element::kF32, Epilogue::kNone, false));
     ASSIGN_OR_RETURN(layer.down, loader->Load({{name + "mlp.down_proj", hidden}}, {c.intermediate_size},
                                               Element::kF32, Epilogue::kAdd, false));
     decoder->layers_.push_back(std::move(layer));
@@ -133,6 +135,19 @@ void Decoder::JoinHeads(int64_t rows, float* attended, void* out) const {
   });
 }
 
+// Behind JoinHeads; q has been read by then.
+void Decoder::ShowOutputs(int index, int64_t rows, const float* attended) {
+  const std::vector<float>& factors = layers_[static_cast<size_t>(index)].output_factors;
+  if (factors.empty()) {
+    output_observer_(index, rows, attended);
+    return;
+  }
+  const auto width = static_cast<int64_t>(factors.size());
+  auto* own = q_.Reserve<float>(rows * width);
+  for (int64_t i = 0; i < rows * width; ++i) own[i] = attended[i] * factors[static_cast<size_t>(i % width)];
+  output_observer_(index, rows, own);
+}
+
 void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
   const int64_t rows = batch.rows();
   const int64_t width = config_.hidden_size;
@@ -158,7 +173,7 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
   auto* v = v_.Reserve<float>(rows * kv_width);
   auto* attended = attended_.Reserve<float>(rows * q_width);
   void* joined = joined_.Reserve(static_cast<size_t>(rows * q_width * size));
-  void* gate_up = gate_up_.Reserve(static_cast<size_t>(rows * 2 * inner_width * size));
+  auto* gate_up = gate_up_.Reserve<float>(rows * 2 * inner_width);
   void* inner = inner_.Reserve(static_cast<size_t>(rows * inner_width * size));
 
   Embed(batch, hidden);
@@ -184,6 +199,7 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
                     .sequences = batch.sequences});
     StoreKv(geometry_, clip_, cache, k, v, batch.stores);
     JoinHeads(rows, attended, joined);
+    if (output_observer_) ShowOutputs(static_cast<int>(i), rows, attended);
     layer.o.Run(joined, rows, hidden);
 
     RmsNorm(hidden, layer.post_attention_norm.data(), eps, rows, width, element_, normed);

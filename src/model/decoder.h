@@ -32,6 +32,7 @@ class Decoder {
                                                LinearLoader* loader);
 
   void set_observer(AttentionObserver observer) { observer_ = std::move(observer); }
+  void set_output_observer(OutputObserver observer) { output_observer_ = std::move(observer); }
   // See Model::Forward.
   void Forward(const Batch& batch, KvArena* arena, float* logits);
 
@@ -44,6 +45,7 @@ class Decoder {
   struct Layer {
     std::vector<float> input_norm, post_attention_norm, q_norm, k_norm;
     Linear qkv, o, gate_up, down;
+    std::vector<float> output_factors;  // that o's columns were multiplied by; empty: none
   };
 
   Decoder(const TextConfig& config, Element element, Codec codec, const ClipRatios& clip);
@@ -53,6 +55,7 @@ class Decoder {
                   float* q, float* k, float* v) const;
   // Attention output back to the model's basis and to the type of the next product.
   void JoinHeads(int64_t rows, float* attended, void* out) const;
+  void ShowOutputs(int index, int64_t rows, const float* attended);
 
   TextConfig config_;
   Element element_;
@@ -65,6 +68,7 @@ class Decoder {
   Linear lm_head_;
   int64_t small_parameters_ = 0;
   AttentionObserver observer_;
+  OutputObserver output_observer_;
 
   Attention attention_;
   Buffer hidden_, cos_, sin_, normed_, qkv_, q_, k_, v_, attended_, joined_, gate_up_, inner_;

@@ -24,11 +24,15 @@ class QwenModel : public Model {
   QwenModel(const ModelConfig& config, KvCalibration calibration, TensorSource source, bool dummy)
       : config_(config), calibration_(std::move(calibration)), source_(std::move(source)), dummy_(dummy) {}
 
-  Status LoadWeights(Element element, Codec codec, AttentionObserver observer) {
+  Status LoadWeights(Element element, const ModelOptions& options) {
     LinearLoader loader(source_, &cache_, element);
-    { ASSIGN_OR_RETURN(decoder_, Decoder::Load(config_, element, codec, calibration_, source_, &loader)); }
+    {
+      ASSIGN_OR_RETURN(decoder_,
+                       Decoder::Load(config_, element, options.codec, calibration_, source_, &loader));
+    }
     parameters_ = decoder_->small_parameters();
-    decoder_->set_observer(std::move(observer));
+    decoder_->set_observer(options.observer);
+    decoder_->set_output_observer(options.output_observer);
     if (config_.vision) {
       ASSIGN_OR_RETURN(vision_, VisionTower::Load(*config_.vision, element, source_, &loader));
       parameters_ += vision_->small_parameters();
@@ -72,13 +76,17 @@ Element ElementFor(Precision precision) {
 
 // What kAuto means for these options on this machine.
 Result<Device> ChooseDevice(const ModelOptions& options) {
-  if (options.device == Device::kCpu) return Device::kCpu;
-  const bool wanted = options.device == Device::kCuda;
+  const bool fp8 = options.precision == Precision::kFp8;
+  if (options.device == Device::kCpu) {
+    if (fp8) return InvalidArgument("--dtype fp8 needs a GPU; use --dtype bf16 on the CPU");
+    return Device::kCpu;
+  }
+  const bool wanted = options.device == Device::kCuda || fp8;
 #ifdef TRIAXIAL_CUDA
   std::string why;
   if (options.precision == Precision::kF32) {
     why = "it computes in BF16 only";
-  } else if (options.observer) {
+  } else if (options.observer || options.output_observer) {
     why = "it has no observer of attention";
   } else if (cuda::FindDevice(&why)) {
     return Device::kCuda;
@@ -87,10 +95,12 @@ Result<Device> ChooseDevice(const ModelOptions& options) {
     spdlog::info("the GPU is not used: {}", why);
     return Device::kCpu;
   }
-  return InvalidArgument("the GPU cannot be used: " + why + "; use --device cpu");
+  return InvalidArgument("the GPU cannot be used: " + why + "; use --device cpu" +
+                         (fp8 ? " and --dtype bf16" : ""));
 #else
   if (!wanted) return Device::kCpu;
-  return InvalidArgument("this binary was built without CUDA; build the preset 'cuda', or use --device cpu");
+  return InvalidArgument("this binary was built without CUDA; build the preset 'cuda', or use --device cpu" +
+                         std::string(fp8 ? " and --dtype bf16" : ""));
 #endif
 }
 
@@ -114,7 +124,8 @@ Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const M
   KvCalibration calibration;
   TensorSource source = TensorSource::Generated();
   if (!options.dummy_weights) {
-    ASSIGN_OR_RETURN(calibration, LoadKvCalibration(directory, config.text.num_layers, config.text.head_dim));
+    ASSIGN_OR_RETURN(calibration, LoadKvCalibration(directory, config.text.num_layers,
+                                                    config.text.num_kv_heads, config.text.head_dim));
     ASSIGN_OR_RETURN(source, TensorSource::Open(directory));
   }
   if (options.calibration) calibration = *options.calibration;
@@ -128,7 +139,7 @@ Result<std::unique_ptr<Model>> Model::Load(const std::string& directory, const M
   try {
     auto model =
         std::make_unique<QwenModel>(config, std::move(calibration), std::move(source), options.dummy_weights);
-    RETURN_IF_ERROR(model->LoadWeights(ElementFor(options.precision), options.codec, options.observer));
+    RETURN_IF_ERROR(model->LoadWeights(ElementFor(options.precision), options));
     return std::unique_ptr<Model>(std::move(model));
   } catch (const std::bad_alloc&) {
     return ResourceExhausted("the weights of '" + directory +

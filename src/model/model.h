@@ -23,12 +23,18 @@ enum class Precision {
   kBf16,  // weights and matrix-product inputs in BF16, sums in F32 (AVX-512-BF16 or AMX where the machine has
           // them)
   kF32,   // everything in F32: the reference mode
+  kFp8,   // as kBf16, but weights and inputs of the decoder's layers in e4m3 with a scale for each output
+         // channel and each token; on a GPU only
 };
 
 // Sees what attention reads and the cache stores in each layer of each step, rotated if the codec is: q
 // [rows][num_heads][head_dim], k and v [rows][num_kv_heads][head_dim]. What it writes to k and v is what the
 // step attends to and stores.
 using AttentionObserver = std::function<void(int layer, int64_t rows, const float* q, float* k, float* v)>;
+
+// Sees what attention gave in each layer of each step, as the checkpoint's own o_proj would read it: out
+// [rows][num_heads][head_dim], neither rotated nor equalized.
+using OutputObserver = std::function<void(int layer, int64_t rows, const float* out)>;
 
 enum class Device {
   kAuto,  // a GPU if there is one and the options are for it, else the CPU
@@ -43,7 +49,8 @@ struct ModelOptions {
   Codec codec = Codec::kRotated;
   // Instead of the directory's kv_calibration.json.
   std::optional<KvCalibration> calibration = std::nullopt;
-  AttentionObserver observer = nullptr;  // for calibration; on the CPU only
+  AttentionObserver observer = nullptr;  // for calibration; on the CPU only, both
+  OutputObserver output_observer = nullptr;
 };
 
 // Not thread-safe: the engine thread owns it. Uses the compute threads of base/parallel.h.

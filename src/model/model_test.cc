@@ -203,9 +203,10 @@ std::vector<int32_t> SomeTokens(int n) {
   return tokens;
 }
 
-std::vector<float> RunAll(Model* model, const std::vector<int32_t>& tokens, int32_t chunk) {
+std::vector<float> RunAll(Model* model, const std::vector<int32_t>& tokens, int32_t chunk,
+                          Format format = Format::kBf16) {
   const auto n = static_cast<int32_t>(tokens.size());
-  auto sequence = SingleSequence::Create(model, Format::kBf16, n);
+  auto sequence = SingleSequence::Create(model, format, n);
   EXPECT_TRUE(sequence.ok()) << sequence.status().message();
   std::vector<float> logits;
   const Status status = (*sequence)->Append(tokens, ComputePositions(n, {}).positions, {}, chunk, n, &logits);
@@ -242,6 +243,15 @@ TEST(Model, TextOnlyCheckpointsOfEveryDtypeEqualTheDefinition) {
   }
 }
 
+TEST(Model, Fp8IsRefusedWithoutAGpu) {
+  const TempDir dir;
+  WriteConfig(dir, true);
+  WriteWeights(dir, RandomWeights(true), DType::kF32);
+  const auto model = Model::Load(dir.path(), {.device = Device::kCpu, .precision = Precision::kFp8});
+  ASSERT_FALSE(model.ok());
+  EXPECT_NE(model.status().message().find("--dtype bf16"), std::string::npos) << model.status().message();
+}
+
 TEST(Model, CountsParametersAndBytes) {
   const TempDir dir;
   for (const bool tied : {true, false}) {
@@ -275,11 +285,57 @@ TEST(Model, EqualizationLeavesTheFunctionUnchanged) {
   for (int i = 0; i < kLayers; ++i) {
     std::vector<float>& factors = calibration.key_equalization.emplace_back();
     for (int c = 0; c < kDim / 2; ++c) factors.push_back(std::exp2(exponent(random)));
+    std::vector<float>& values = calibration.value_equalization.emplace_back();
+    for (int c = 0; c < kKvHeads * kDim; ++c) values.push_back(std::exp2(std::round(exponent(random))));
   }
   auto model = Model::Load(dir.path(), {.precision = Precision::kF32, .calibration = calibration});
   ASSERT_TRUE(model.ok()) << model.status().message();
   const std::vector<int32_t> tokens = SomeTokens(90);
   ExpectNear(Oracle(weights, true).Logits(tokens), RunAll(model->get(), tokens, 1000), 5e-4);
+}
+
+// A checkpoint with loud value channels and the factors that quieten them is, weight by weight, the one
+// without: its cache holds the same bits, at any precision, and it says the same.
+TEST(Model, FactorsOfTwoUndoLoudValueChannelsExactly) {
+  const Weights weights = RandomWeights(true);
+  Weights loud = weights;
+  KvCalibration calibration;
+  std::mt19937 random(2);
+  for (int layer = 0; layer < kLayers; ++layer) {
+    const std::string attention = "model.layers." + std::to_string(layer) + ".self_attn.";
+    std::vector<float>& v = loud.at(attention + "v_proj.weight").data;
+    std::vector<float>& o = loud.at(attention + "o_proj.weight").data;
+    std::vector<float>& factors = calibration.value_equalization.emplace_back();
+    for (int c = 0; c < kKvHeads * kDim; ++c) {
+      const float factor = std::exp2(static_cast<float>(random() % 11) - 5);
+      factors.push_back(factor);
+      for (int i = 0; i < kHidden; ++i) v[static_cast<size_t>(c * kHidden + i)] *= factor;
+      const int group = kHeads / kKvHeads;
+      for (int head = c / kDim * group; head < (c / kDim + 1) * group; ++head) {
+        for (int i = 0; i < kHidden; ++i)
+          o[static_cast<size_t>((i * kHeads + head) * kDim + c % kDim)] /= factor;
+      }
+    }
+  }
+  for (const Precision precision : {Precision::kF32, Precision::kBf16}) {
+    const TempDir dir;
+    WriteConfig(dir, true);
+    const DType dtype = precision == Precision::kF32 ? DType::kF32 : DType::kBf16;
+    WriteWeights(dir, weights, dtype);
+    auto plain = Model::Load(dir.path(), {.precision = precision});
+    ASSERT_TRUE(plain.ok()) << plain.status().message();
+    const TempDir loud_dir;
+    WriteConfig(loud_dir, true);
+    WriteWeights(loud_dir, loud, dtype);
+    auto undone = Model::Load(loud_dir.path(), {.precision = precision, .calibration = calibration});
+    ASSERT_TRUE(undone.ok()) << undone.status().message();
+    auto left = Model::Load(loud_dir.path(), {.precision = precision});
+    ASSERT_TRUE(left.ok()) << left.status().message();
+    const std::vector<int32_t> tokens = SomeTokens(200);
+    const std::vector<float> logits = RunAll(plain->get(), tokens, 7, Format::kK4V2);
+    EXPECT_EQ(RunAll(undone->get(), tokens, 7, Format::kK4V2), logits);
+    EXPECT_NE(RunAll(left->get(), tokens, 7, Format::kK4V2), logits);
+  }
 }
 
 TEST(Model, DecodesSequencesTogetherAsAlone) {

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "base/status.h"
+#include "io/model_config.h"
+#include "kv/calibration.h"
 #include "model/tensor_source.h"
 #include "ops/buffer.h"
 #include "ops/linear.h"
@@ -17,7 +19,21 @@ namespace triaxial {
 struct LinearPart {
   std::string name;
   int64_t out = 0;
+  // Factors that its weights are multiplied by, [out] and [in], or none.
+  std::vector<float> row_factors{};
+  std::vector<float> column_factors{};
 };
+
+// Applies the factors of a part to its weights, [out][columns] of `type`.
+void ApplyFactors(const LinearPart& part, Element type, int64_t columns, void* weights);
+
+// v_proj and o_proj of a layer, named ATTENTION.v_proj and so on, with the factors of value equalization for
+// `codec`: the output of o_proj stays what it is.
+struct ValueParts {
+  LinearPart v, o;
+};
+ValueParts EqualizedValues(const TextConfig& config, Codec codec, const KvCalibration& calibration,
+                           const std::string& attention, int layer);
 
 class LinearLoader {
  public:

@@ -128,6 +128,7 @@ async def sample(server, samples):
 
 
 async def measure(server, seconds, output_tokens):
+    os.nice(19)  # real clients do not compute on the server's cores
     load = Load(server, output_tokens)
     at_capacity = max(1.5, min(60, seconds / 5))
     await load.closed(min(5, at_capacity))  # warms up

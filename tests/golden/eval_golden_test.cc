@@ -163,6 +163,21 @@ TEST(Evaluate, Bf16AgreesWithItselfAndFewBitsCostLittle) {
   EXPECT_GT(int2.kl_mean, int4.kl_mean);
   EXPECT_GT(int2.effective_bits, 3);
   EXPECT_GE(int2.action_match, 0.9);
+
+  // Attention's outputs: those of the reference are itself; others err as their bits say, whatever the
+  // codec's basis is, and every token that was computed asked once.
+  const auto outputs = [&](size_t i) -> const OutputErrors& { return evaluation.policies[i].outputs; };
+  ASSERT_EQ(evaluation.layers, (std::vector<int>{0, 2, 3, 5}));
+  EXPECT_EQ(outputs(0).Relative(), 0);
+  EXPECT_LT(outputs(3).Relative(), 1e-4);
+  EXPECT_GT(outputs(1).Relative(), 1e-4);
+  EXPECT_LT(outputs(1).Relative(), 0.05);
+  EXPECT_GT(outputs(2).Relative(), 2 * outputs(1).Relative());
+  EXPECT_LT(outputs(2).Relative(), 1);
+  EXPECT_EQ(outputs(1).queries, outputs(2).queries);
+  int64_t queries = 0;
+  for (const int64_t count : outputs(1).queries) queries += count;
+  EXPECT_GT(queries, bf16.tokens);
 }
 
 // The figures must not depend on which policies run side by side, nor on how many fit.
@@ -179,13 +194,19 @@ TEST(Evaluate, PoliciesDoNotDisturbEachOther) {
 TEST(EvaluationJson, HasTheKeysThatOthersRead) {
   const Json json = EvaluationJson(EvaluateHeldout("int2", 1, {}), "pocket-agent", kHeldout);
   ASSERT_EQ(json["policies"].size(), 2u);
+  EXPECT_EQ(json["layers"], Json({0, 2, 3, 5}));
+  const Json& reasoning = json["policies"][1]["attention_error"]["by_tag"]["current/text/reasoning"];
+  EXPECT_GT(reasoning["queries"], 50);
+  EXPECT_GT(reasoning["relative"], 0);
   EXPECT_EQ(json["policies"][0]["name"], "bf16");
   for (const Json& policy : json["policies"]) {
     for (const char* key : {"effective_bits", "kv_bytes", "action_match", "episode_exact", "top1_agreement",
                             "kl_mean", "kl_p99", "perplexity"}) {
       EXPECT_TRUE(policy[key].is_number()) << key;
     }
-    for (const char* key : {"action_match_ci", "episode_exact_ci"}) {
+    EXPECT_LE(policy["episode_all_tokens_exact"], policy["episode_exact"]);
+    EXPECT_EQ(policy["attention_error"]["relative"] > 0, policy["name"] != "bf16");
+    for (const char* key : {"action_match_ci", "episode_exact_ci", "episode_all_tokens_exact_ci"}) {
       ASSERT_EQ(policy[key].size(), 2u);
       EXPECT_LE(policy[key][0], policy[key][1]);
     }

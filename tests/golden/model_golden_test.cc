@@ -312,7 +312,7 @@ double TwoBitError(const Golden& golden, const KvCalibration& calibration) {
 }
 
 TEST(ModelGolden, CalibrationMakesTwoBitsBetter) {
-  const Result<KvCalibration> calibration = LoadKvCalibration(kModel, 6, 128);
+  const Result<KvCalibration> calibration = LoadKvCalibration(kModel, 6, 2, 128);
   ASSERT_TRUE(calibration.ok()) << calibration.status().message();
   EXPECT_TRUE(calibration->calibrated);
   double with = 0;
