@@ -148,7 +148,7 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> model,
         ";layout={};codec={};layers={};heads={};dim={}", memory->layout(), Name(context.geometry.codec),
         context.geometry.num_layers, context.geometry.num_kv_heads, context.geometry.head_dim);
     ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> opened, BlockStore::Open(store_options));
-    store = std::make_unique<StoreThread>(std::move(opened));
+    store = std::make_unique<StoreThread>(std::move(opened), BlockBytes(context.geometry, Format::kK4V4));
   }
   return std::unique_ptr<Engine>(
       new EngineImpl(std::move(model), std::move(memory), std::move(store), std::move(context), options));

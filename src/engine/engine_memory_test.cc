@@ -44,6 +44,7 @@ Outcome RunWithRefusals(int armed_step, int64_t first, int64_t count) {
   options.max_running = 3;
   options.max_step_tokens = 32;
   options.kv_memory = Bf16Blocks(14);
+  options.store.host_bytes = Bf16Blocks(50);
   const std::unique_ptr<Engine> engine = Start(std::move(model), options);
   struct Client {
     std::vector<int32_t> prompt;

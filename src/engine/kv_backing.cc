@@ -1,7 +1,6 @@
 #include "engine/kv_backing.h"
 
 #include <new>
-#include <optional>
 #include <utility>
 
 #include "base/log.h"
@@ -15,21 +14,20 @@ void MemoryBacking::Sleep(const KvBlock& block, const BlockKey& key, const Block
   const KvGeometry& geometry = memory_->geometry();
   const int rows = UnitsOf(geometry, block.format);
   try {
-    std::optional<SleepingBlock> sleeping = store_->Begin();
-    if (!sleeping) return;
-    sleeping->key = key;
-    sleeping->parent = parent;
-    sleeping->position = block.position;
-    sleeping->format = block.format;
-    sleeping->contents = block.contents;
-    sleeping->tags = block.tags;
-    sleeping->bytes.resize(static_cast<size_t>(rows * UnitRowBytes(geometry) * geometry.num_layers));
-    const Status read = memory_->Read(block.unit_row, rows, sleeping->bytes.data());
+    SleepingBlock sleeping = store_->Begin();
+    sleeping.key = key;
+    sleeping.parent = parent;
+    sleeping.position = block.position;
+    sleeping.format = block.format;
+    sleeping.contents = block.contents;
+    sleeping.tags = block.tags;
+    sleeping.bytes.resize(static_cast<size_t>(rows * UnitRowBytes(geometry) * geometry.num_layers));
+    const Status read = memory_->Read(block.unit_row, rows, sleeping.bytes.data());
     if (!read.ok()) {
       spdlog::warn("a block is dropped instead of put to sleep: {}", read.message());
-      return store_->GiveBack(*std::move(sleeping));
+      return store_->GiveBack(std::move(sleeping));
     }
-    store_->Put(*std::move(sleeping));
+    store_->Put(std::move(sleeping));
   } catch (const std::bad_alloc&) {
     spdlog::warn("a block is dropped instead of put to sleep: out of memory");
   }

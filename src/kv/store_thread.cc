@@ -16,8 +16,9 @@ bool Among(const BlockKey& key, std::span<const BlockKey> keys) {
 
 }  // namespace
 
-StoreThread::StoreThread(std::unique_ptr<BlockStore> store) : store_(std::move(store)) {
-  spares_.reserve(kUnderWay);
+StoreThread::StoreThread(std::unique_ptr<BlockStore> store, int64_t block_bytes)
+    : store_(std::move(store)), block_bytes_(block_bytes) {
+  spares_.reserve(2 * kUnderWay);
   for (const BlockKey& key : store_->Keys()) keys_.insert(key);
   stats_ = store_->Stats();
   thread_ = std::thread([this] { Run(); });
@@ -32,15 +33,18 @@ StoreThread::~StoreThread() {
   thread_.join();
 }
 
-std::optional<SleepingBlock> StoreThread::Begin() {
+SleepingBlock StoreThread::Begin() {
   const std::lock_guard lock(mutex_);
+  SleepingBlock block;
   if (puts_.size() >= kUnderWay) {
+    block = std::move(puts_.front());
+    puts_.pop_front();
+    keys_.erase(block.key);
     ++dropped_;
-    return std::nullopt;
+  } else if (!spares_.empty()) {
+    block = std::move(spares_.back());
+    spares_.pop_back();
   }
-  if (spares_.empty()) return SleepingBlock();
-  SleepingBlock block = std::move(spares_.back());
-  spares_.pop_back();
   return block;
 }
 
@@ -111,7 +115,21 @@ BlockStoreStats StoreThread::Stats() const {
   return stats;
 }
 
+void StoreThread::MakeSpares() {
+  try {
+    for (size_t i = 0; i < kUnderWay; ++i) {
+      SleepingBlock block;
+      block.bytes.resize(static_cast<size_t>(block_bytes_));
+      const std::lock_guard lock(mutex_);
+      if (stop_ || spares_.size() >= kUnderWay) return;
+      spares_.push_back(std::move(block));
+    }
+  } catch (const std::bad_alloc&) {  // then blocks bring their own
+  }
+}
+
 void StoreThread::Run() {
+  MakeSpares();
   std::unique_lock lock(mutex_);
   const auto fetches = [this] { return !stop_ && !fetches_.empty() && fetched_.size() < kUnderWay; };
   const auto is_put = [this](const BlockKey& key) {
@@ -133,6 +151,12 @@ void StoreThread::Run() {
       spdlog::warn("a block that was to sleep or to wake is lost: out of memory");
     }
     done_.notify_all();
+    if (spares_.size() <= kUnderWay) continue;
+    std::optional<SleepingBlock> excess = std::move(spares_.back());
+    spares_.pop_back();
+    lock.unlock();
+    excess.reset();  // giving memory back takes time, too
+    lock.lock();
   }
 }
 

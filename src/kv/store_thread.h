@@ -2,8 +2,9 @@
 // whoever decodes hands over copies of blocks, and takes what was fetched when it has come.
 //
 // At most kUnderWay blocks are on their way to sleep, and as many back, each a copy in memory (1 to 8 MB for
-// a model of 2B parameters). What goes to sleep faster than the store can take it is dropped and counted: it
-// can be computed again.
+// a model of 2B parameters). Where blocks go to sleep faster than the store can take them, the one that has
+// waited longest is dropped and counted: a conversation goes to sleep from its end, so that its beginning is
+// kept, and what is lost can be computed again.
 #ifndef TRIAXIAL_KV_STORE_THREAD_H_
 #define TRIAXIAL_KV_STORE_THREAD_H_
 
@@ -24,14 +25,15 @@ namespace triaxial {
 
 class StoreThread {
  public:
-  explicit StoreThread(std::unique_ptr<BlockStore> store);
+  // `block_bytes`: of a usual block. Memory for kUnderWay of these is made ready ahead, since the first touch
+  // of a megabyte takes longer than copying it.
+  StoreThread(std::unique_ptr<BlockStore> store, int64_t block_bytes);
   ~StoreThread();  // what was handed over is stored first
 
   // All by one thread, which waits for the store only in Wait, Drain and Save. Stats by any.
 
-  // A block to fill in and Put, whose memory has mostly been used before; nothing if too many are under way,
-  // which counts as dropped.
-  std::optional<SleepingBlock> Begin();
+  // A block to fill in and Put, whose memory has mostly been used before.
+  SleepingBlock Begin();
   // Takes a block from Begin. Its key may be fetched from now on.
   void Put(SleepingBlock&& block);
   bool Contains(const BlockKey& key) const;
@@ -57,14 +59,16 @@ class StoreThread {
 
  private:
   void Run();
+  void MakeSpares();
   void FetchOne(std::unique_lock<std::mutex>* lock);
   void PutOne(std::unique_lock<std::mutex>* lock);
   void Refresh();
 
   const std::unique_ptr<BlockStore> store_;  // the thread's
-  mutable std::mutex mutex_;                 // guards all below
-  std::condition_variable work_;             // for the thread
-  std::condition_variable done_;             // by it
+  const int64_t block_bytes_;
+  mutable std::mutex mutex_;      // guards all below
+  std::condition_variable work_;  // for the thread
+  std::condition_variable done_;  // by it
   std::deque<SleepingBlock> puts_;
   std::deque<BlockKey> fetches_;
   std::unordered_map<BlockKey, Result<SleepingBlock>, BlockKeyHash> fetched_;
