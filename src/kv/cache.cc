@@ -161,8 +161,11 @@ int64_t KvCache::RowsToAppend(SequenceId id, std::span<const KvToken> tokens) co
 // All that carrying out plan_, and then FinishStep, may need.
 void KvCache::ReservePlan(Sequence* sequence, KvAppend* append) {
   const size_t fills = plan_.fills.size();
-  ReserveBlocks(fills + 1);  // one more for the place that a tail leaves
-  allocator_.Reserve(fills);
+  // Most steps of one token allocate no place, and then ask for nothing here.
+  const auto places = static_cast<size_t>(
+      std::count_if(plan_.fills.begin(), plan_.fills.end(), [](const Fill& fill) { return fill.allocates; }));
+  if (places > 0) ReserveBlocks(fills + 1);  // one more for the place that a tail leaves
+  allocator_.Reserve(places);
   ReserveAtLeast(&rows_, fills);
   ReserveAtLeast(&append->stores, fills);
   ReserveChanges(plan_.conversions, &append->converts);
