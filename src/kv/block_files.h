@@ -3,7 +3,7 @@
 //
 // Room is made by removing whole files, the one least recently written or read first. Blocks that go to sleep
 // together lie together and are wanted together, so a file ages as one; removing it is one call, where
-// compaction would copy blocks on the engine's thread. The price: a block that was replaced takes its place
+// compaction would copy blocks. The price: a block that was replaced takes its place
 // until its file goes, at once if no block of the file is alive any more.
 //
 // Locked against a second server. All calls block on the disk, as far as the page cache does not help; only
