@@ -2,19 +2,19 @@
 //
 // Block tables are those of the real Qwen3-VL: its tokenizer, its chat template, the image tokens of the real
 // screenshot sizes, the geometry of Qwen3-VL-32B. No weights are needed, because sizes do not depend on them;
-// the cache does its whole bookkeeping, and what is counted are the unit rows that the arena hands out.
+// the cache does its whole bookkeeping, and what is counted are the unit rows that the arena hands out: for
+// each record alone in an arena, and for all that have screenshots held at once in one.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
-#include <filesystem>
 #include <map>
-#include <memory>
-#include <sstream>
+#include <utility>
 
 #include "apps/terminal.h"
 #include "base/file.h"
 #include "base/json.h"
-#include "io/image_processor.h"
+#include "bench/capacity_arena.h"
+#include "bench/capacity_records.h"
 #include "kv/cache.h"
 #include "kv/policy.h"
 #include "tests/golden/text_qwen_tokenizer.h"
@@ -24,14 +24,6 @@ namespace triaxial {
 namespace {
 
 constexpr int kLayers = 64, kKvHeads = 8, kHeadDim = 128;  // Qwen3-VL-32B
-constexpr int kStepTokens = 512;                           // a prefill chunk
-
-struct Record {
-  std::string id;
-  std::string source;
-  bool screenshots = false;
-  std::vector<Tag> tags;  // one per token
-};
 
 // Why a token deserves more than the cheapest format, as the policy `paper` gives reasons.
 enum Reason { kInstructions, kScaffolding, kToolCalls, kCurrentText, kRest, kReasons };
@@ -66,55 +58,6 @@ struct Capacity {
   double wish_ratio = 0;  // what the tokens' own wishes predict: each token stored as it likes
 };
 
-Result<std::vector<std::shared_ptr<const ImagePatches>>> ImageGrids(const Conversation& conversation,
-                                                                    const std::string& directory) {
-  std::vector<std::shared_ptr<const ImagePatches>> images;
-  for (const Message& message : conversation.messages) {
-    for (const ContentPart& part : message.content) {
-      if (part.kind != ContentPart::Kind::kImage) continue;
-      const std::string path = (std::filesystem::path(directory) / part.text).string();
-      ASSIGN_OR_RETURN(const std::string bytes, ReadFile(path, size_t{64} << 20));
-      ASSIGN_OR_RETURN(const ImageSize size, ReadImageSize(bytes, {}));
-      ASSIGN_OR_RETURN(const ImageSize grid, GridOf(size, {}));
-      auto patches = std::make_shared<ImagePatches>();
-      patches->grid_h = grid.height;
-      patches->grid_w = grid.width;
-      images.push_back(std::move(patches));
-    }
-  }
-  return images;
-}
-
-// The records of a JSONL file. A conversation that ends with an answer is rendered as it is, one that waits
-// for an answer with the generation prompt.
-Status LoadRecords(const std::string& path, const std::string& images, const ChatTemplate& chat_template,
-                   std::vector<Record>* records) {
-  ASSIGN_OR_RETURN(const std::string text, ReadFile(path, size_t{256} << 20));
-  std::istringstream lines(text);
-  size_t number = 0;
-  for (std::string line; std::getline(lines, line);) {
-    const std::string what = path + " line " + std::to_string(++number);
-    ASSIGN_OR_RETURN(Json json, ParseJson(line, what));
-    Record record;
-    record.source = json.value("source", std::filesystem::path(path).stem().string());
-    record.id = json.contains("id") && json["id"].is_string() ? json["id"].get<std::string>()
-                                                              : record.source + "/" + std::to_string(number);
-    if (json.contains("request")) json = Json(json["request"]);
-    ASSIGN_OR_RETURN(
-        const Conversation conversation,
-        ParseConversation(json["messages"], json.contains("tools") ? json["tools"] : Json(nullptr)));
-    ASSIGN_OR_RETURN(const auto grids, ImageGrids(conversation, images));
-    TemplateOptions options;
-    options.add_generation_prompt = conversation.messages.back().role != Role::kAssistant;
-    ASSIGN_OR_RETURN(const Prompt prompt,
-                     chat_template.Render(conversation, grids, PreprocessorConfig{}.merge_size, options));
-    record.screenshots = !prompt.images.empty();
-    record.tags = TagTokens(prompt.spans, static_cast<int32_t>(prompt.tokens.size()));
-    records->push_back(std::move(record));
-  }
-  return OkStatus();
-}
-
 // BF16 bits over those of a mix of formats.
 double MixRatio(const KvGeometry& geometry, const std::array<int64_t, kFormats>& tokens) {
   double bits = 0, total = 0;
@@ -125,8 +68,8 @@ double MixRatio(const KvGeometry& geometry, const std::array<int64_t, kFormats>&
   return bits > 0 ? 16 * total / bits : 0;
 }
 
-BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const Policy& policy,
-                 const Capacity& capacity, const KvGeometry& geometry) {
+BitBudget Budget(const std::vector<KvToken>& tokens, const Policy& policy, const Capacity& capacity,
+                 const KvGeometry& geometry) {
   const auto total = static_cast<double>(tokens.size());
   const auto complete = tokens.size() - static_cast<size_t>(capacity.usage.tail_tokens);
   BitBudget budget;
@@ -134,7 +77,7 @@ BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const
   double complete_wishes = 0, all_wishes = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     const double bits = EffectiveBits(geometry, policy.table[tokens[i].tag]);
-    budget.more[ReasonOf(record.tags[i])] += (bits - budget.base) / total;
+    budget.more[ReasonOf(Tag::FromIndex(tokens[i].tag))] += (bits - budget.base) / total;
     all_wishes += bits / total;
     if (i < complete) complete_wishes += bits / total;
   }
@@ -144,42 +87,28 @@ BitBudget Budget(const Record& record, const std::vector<KvToken>& tokens, const
   return budget;
 }
 
+// The record alone in an arena.
 Result<Capacity> Measure(const Record& record, const Policy& policy, const KvGeometry& geometry) {
-  std::vector<KvToken> tokens;
-  for (const Tag& tag : record.tags) tokens.push_back({{}, static_cast<uint8_t>(tag.index())});
-  const auto blocks = static_cast<int64_t>(tokens.size()) / kBlockTokens + 2;
-  KvCache cache(geometry, 2 * blocks * UnitsOf(geometry, Format::kBf16),
-                ResolveNeeds(policy, geometry, /*two_bit_keys=*/true, /*budget_bits=*/0));
-  const SequenceId id = cache.CreateSequence();
-  KvAppend append;
-  for (size_t begin = 0; begin < tokens.size(); begin += kStepTokens) {
-    const size_t count = std::min<size_t>(kStepTokens, tokens.size() - begin);
-    RETURN_IF_ERROR(cache.Append(id, std::span(tokens).subspan(begin, count), &append));
-    cache.FinishStep();
-  }
-  RETURN_IF_ERROR(cache.CheckIntegrity());
-
+  ASSIGN_OR_RETURN(const Arena arena, HoldAll({&record}, policy, geometry));
   Capacity capacity;
-  capacity.usage = cache.Usage();
-  capacity.bytes = (cache.total_rows() - cache.free_rows()) * UnitRowBytes(geometry) * geometry.num_layers;
-  if (capacity.bytes != capacity.usage.total_bytes())
-    return Internal(record.id + ": the arena and the usage report disagree");
+  capacity.usage = arena.usage;
+  capacity.bytes = arena.bytes;
   const auto bf16 = [&](int64_t count) {
     return static_cast<double>(count) * static_cast<double>(BlockBytes(geometry, Format::kBf16)) /
            kBlockTokens;
   };
-  capacity.bf16_bytes = bf16(static_cast<int64_t>(tokens.size()));
+  capacity.bf16_bytes = bf16(arena.tokens);
   capacity.ratio = capacity.bf16_bytes / static_cast<double>(capacity.bytes);
   std::array<int64_t, kFormats> mix = capacity.usage.tokens;
   mix[static_cast<size_t>(Format::kBf16)] -= capacity.usage.tail_tokens;
-  const auto complete = static_cast<int64_t>(tokens.size()) - capacity.usage.tail_tokens;
+  const int64_t complete = arena.tokens - capacity.usage.tail_tokens;
   if (complete == 0) return capacity;
   capacity.block_ratio = bf16(complete) / static_cast<double>(capacity.bytes - capacity.usage.tail_bytes);
   capacity.mix_ratio = MixRatio(geometry, mix);
   for (int64_t i = 0; i < complete; ++i)
-    ++capacity.wishes[static_cast<size_t>(policy.table[tokens[static_cast<size_t>(i)].tag])];
+    ++capacity.wishes[static_cast<size_t>(policy.table[record.tokens[static_cast<size_t>(i)].tag])];
   capacity.wish_ratio = MixRatio(geometry, capacity.wishes);
-  capacity.bits = Budget(record, tokens, policy, capacity, geometry);
+  capacity.bits = Budget(record.tokens, policy, capacity, geometry);
   return capacity;
 }
 
@@ -220,22 +149,24 @@ Json CapacityJson(const Capacity& c) {
 // Tokens by modality and role, and the text of the current turn.
 Json TagJson(const Record& record) {
   std::map<std::string, int64_t> counts;
-  for (const Tag& tag : record.tags) {
+  for (const KvToken& token : record.tokens) {
+    const Tag tag = Tag::FromIndex(token.tag);
     ++counts[std::string(Name(tag.modal)) + "/" + std::string(Name(tag.semantic))];
     if (tag.temporal == Temporal::kCurrent && tag.modal == Modal::kText) ++counts["current/text"];
   }
   return counts;
 }
 
+// Each record alone in an arena.
 void PrintCodec(const KvGeometry& geometry, const std::vector<Record>& records,
                 const std::vector<Capacity>& capacities, double goal) {
-  std::printf("\ncodec %s\n", Bold(Name(geometry.codec)).c_str());
+  std::printf("\ncodec %s: each record alone in an arena\n", Bold(Name(geometry.codec)).c_str());
   Table table({"record", "tokens", "k2v2", "k4v4", "tail", "bytes", "ratio", "without tail", "by formats",
                "off", "by wishes", "off"},
               std::vector<bool>{false, true, true, true, true, true, true, true, true, true, true, true});
   for (size_t i = 0; i < records.size(); ++i) {
     const Capacity& c = capacities[i];
-    const auto total = static_cast<double>(records[i].tags.size());
+    const auto total = static_cast<double>(records[i].tokens.size());
     const auto share = [&](Format f) {
       return Fixed(Percent(static_cast<double>(c.usage.tokens[static_cast<size_t>(f)]), total), 1) + "%";
     };
@@ -269,11 +200,93 @@ void PrintBudgets(const std::vector<Record>& records, const std::vector<Capacity
   table.Print();
 }
 
+// Conversations with screenshots held at once in one arena, under the policy and under `bf16`.
+struct Together {
+  std::string name;
+  Arena policy;
+  Arena bf16;
+  double ratio() const { return static_cast<double>(bf16.bytes) / static_cast<double>(policy.bytes); }
+  // Complete blocks alone.
+  double block_ratio() const {
+    return static_cast<double>(bf16.bytes - bf16.usage.tail_bytes) /
+           static_cast<double>(policy.bytes - policy.usage.tail_bytes);
+  }
+};
+
+// All of them, then each source's.
+Result<std::vector<Together>> MeasureTogether(const std::vector<Record>& records, const Policy& policy,
+                                              const KvGeometry& geometry) {
+  ASSIGN_OR_RETURN(const Policy bf16, LoadPolicy("bf16"));
+  std::vector<std::pair<std::string, std::vector<const Record*>>> groups = {{"all", {}}};
+  for (const Record& record : records) {
+    if (!record.screenshots) continue;
+    groups.front().second.push_back(&record);
+    const auto group = std::find_if(groups.begin(), groups.end(),
+                                    [&](const auto& known) { return known.first == record.source; });
+    if (group == groups.end()) {
+      groups.push_back({record.source, {&record}});
+    } else {
+      group->second.push_back(&record);
+    }
+  }
+  std::vector<Together> measured;
+  for (const auto& [name, members] : groups) {
+    Together together{.name = name, .policy = {}, .bf16 = {}};
+    ASSIGN_OR_RETURN(together.policy, HoldAll(members, policy, geometry));
+    ASSIGN_OR_RETURN(together.bf16, HoldAll(members, bf16, geometry));
+    if (together.policy.usage.total_tokens() != together.bf16.usage.total_tokens()) {
+      return Internal(name + ": the arena under bf16 holds other tokens than that under " + policy.name);
+    }
+    measured.push_back(std::move(together));
+  }
+  return measured;
+}
+
+Json TogetherJson(const Together& t) {
+  return {{"requests", t.policy.requests},
+          {"tokens", t.policy.tokens},
+          {"tokens_found", t.policy.found_tokens},
+          {"tokens_stored", t.policy.usage.total_tokens()},
+          {"bytes", t.policy.bytes},
+          {"bf16_bytes", t.bf16.bytes},
+          {"ratio", t.ratio()},
+          {"ratio_of_complete_blocks", t.block_ratio()},
+          {"tokens_by_format", ByFormat(t.policy.usage.tokens)},
+          {"bytes_by_format", ByFormat(t.policy.usage.bytes)},
+          {"tail_tokens", t.policy.usage.tail_tokens},
+          {"tail_bytes", t.policy.usage.tail_bytes},
+          {"bf16_tail_bytes", t.bf16.usage.tail_bytes}};
+}
+
+void PrintTogether(const std::vector<Together>& measured, const Policy& policy, double goal) {
+  std::printf("\nheld at once in one arena, equal prefixes stored once: policies %s and bf16\n",
+              policy.name.c_str());
+  Table table({"conversations", "requests", "tokens", "found", "stored", "k2v2", "k4v4", "tails", "bf16",
+               policy.name, "ratio", "without tails"},
+              std::vector<bool>{false, true, true, true, true, true, true, true, true, true, true, true});
+  for (const Together& t : measured) {
+    const auto stored = static_cast<double>(t.policy.usage.total_tokens());
+    const auto share = [&](int64_t tokens) {
+      return Fixed(Percent(static_cast<double>(tokens), stored), 1) + "%";
+    };
+    std::string ratio = Fixed(t.ratio(), 2);
+    if (t.ratio() < goal) ratio = "< " + Fixed(goal, 1) + "  " + ratio;
+    const std::array<int64_t, kFormats>& tokens = t.policy.usage.tokens;
+    table.Add({t.name, Count(t.policy.requests), Count(t.policy.tokens), Count(t.policy.found_tokens),
+               Count(t.policy.usage.total_tokens()), share(tokens[static_cast<size_t>(Format::kK2V2)]),
+               share(tokens[static_cast<size_t>(Format::kK4V4)]), share(t.policy.usage.tail_tokens),
+               Bytes(static_cast<double>(t.bf16.bytes)), Bytes(static_cast<double>(t.policy.bytes)), ratio,
+               Fixed(t.block_ratio(), 2)});
+  }
+  table.Print();
+}
+
 struct Flags {
   std::string policy = "paper";
   std::string template_name = "instruct";
   std::string out;
   bool json = false;
+  std::string command;  // that made the results
 };
 
 Status Run(const Flags& flags) {
@@ -281,25 +294,23 @@ Status Run(const Flags& flags) {
   const TemplateKind kind =
       flags.template_name == "thinking" ? TemplateKind::kQwen3VlThinking : TemplateKind::kQwen3VlInstruct;
   ASSIGN_OR_RETURN(const ChatTemplate chat_template, ChatTemplate::Create(kind, QwenTokenizer()));
-  std::vector<Record> records;
-  for (const char* name : {"osworld_shape_requests", "trajectories"}) {
-    RETURN_IF_ERROR(LoadRecords("tests/data/text/" + std::string(name) + ".jsonl", "tests/data/trajectories",
-                                chat_template, &records));
-  }
+  ASSIGN_OR_RETURN(std::vector<Record> records, LoadRecords(chat_template));
   std::stable_sort(records.begin(), records.end(),
                    [](const Record& a, const Record& b) { return a.screenshots > b.screenshots; });
 
-  Json json = {{"policy", policy.name},
+  Json json = {{"command", flags.command},
+               {"policy", policy.name},
                {"template", std::string(Name(kind))},
                {"geometry", {{"layers", kLayers}, {"kv_heads", kKvHeads}, {"head_dim", kHeadDim}}},
                {"block_tokens", kBlockTokens},
                {"codecs", Json::object()},
+               {"held_at_once", Json::object()},
                {"records", Json::array()}};
   for (const Record& record : records) {
     json["records"].push_back({{"id", record.id},
                                {"source", record.source},
                                {"screenshots", record.screenshots},
-                               {"tokens", record.tags.size()},
+                               {"tokens", record.tokens.size()},
                                {"tokens_by_tag", TagJson(record)}});
   }
   for (const auto& [codec, goal] : {std::pair{Codec::kPaper, 4.8}, std::pair{Codec::kRotated, 6.0}}) {
@@ -327,19 +338,22 @@ Status Run(const Flags& flags) {
                                                 {"screenshot_records", screenshots},
                                                 {"reach_the_goal", reach},
                                                 {"lowest_ratio", lowest},
-                                                {"ratio_together", bf16_bytes / bytes},
+                                                {"ratio_of_all_alone", bf16_bytes / bytes},
                                                 {"others_furthest_from_formats_percent", furthest},
                                                 {"others_furthest_from_wishes_percent", furthest_wish}};
+    ASSIGN_OR_RETURN(const std::vector<Together> together, MeasureTogether(records, policy, geometry));
+    for (const Together& t : together) {
+      json["held_at_once"][std::string(Name(codec))][t.name] = TogetherJson(t);
+    }
     if (flags.json) continue;
     PrintCodec(geometry, records, capacities, goal);
     PrintBudgets(records, capacities);
     std::printf(
-        "\n%d of %d records with screenshots (▣) reach %.1fx BF16, the lowest is %.2fx, all together %.2fx; "
-        "complete blocks of "
-        "all "
-        "other records\ntake what their formats predict within %.2f%%, and what their tokens' own wishes "
-        "predict within %.2f%%\n",
+        "\nalone in an arena, %d of %d records with screenshots (▣) reach %.1fx BF16; the lowest is %.2fx, "
+        "their sum %.2fx.\nComplete blocks of all other records take what their formats predict within "
+        "%.2f%%, and what their tokens' own wishes predict within %.2f%%.\n",
         reach, screenshots, goal, lowest, bf16_bytes / bytes, furthest, furthest_wish);
+    PrintTogether(together, policy, goal);
   }
   const std::string text = json.dump(1) + "\n";
   if (flags.json) std::fputs(text.c_str(), stdout);
@@ -359,6 +373,7 @@ int main(int argc, char** argv) {
   app.add_option("--out", flags.out, "JSON file to write, such as bench/results/capacity.json");
   app.add_flag("--json", flags.json, "Print JSON instead of tables");
   CLI11_PARSE(app, argc, argv);
+  for (int i = 0; i < argc; ++i) flags.command += (i > 0 ? " " : "") + std::string(argv[i]);
   const triaxial::Status status = triaxial::Run(flags);
   if (status.ok()) return 0;
   std::fprintf(stderr, "capacity: %s\n", status.message().c_str());

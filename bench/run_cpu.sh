@@ -5,7 +5,6 @@ set -euo pipefail
 triaxial=${1:-build/release/triaxial}
 name=${2:-cpu}
 results=bench/results
-export OMP_WAIT_POLICY=passive
 "$triaxial" bench decode --seconds 0.5 --json "$results/decode-$name.json"
 "$triaxial" bench prefill --seconds 0.5 --json "$results/prefill-$name.json"
 "$triaxial" bench codec --seconds 0.3 --json "$results/codec-$name.json"

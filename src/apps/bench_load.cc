@@ -106,6 +106,8 @@ BenchGauges ReadGauges(std::string_view metrics) {
       {"prefix_cache_queries_total", &gauges.prefix_queries},
       {"prefix_cache_hits_total", &gauges.prefix_hits},
       {"num_preemptions_total", &gauges.preemptions},
+      {"engine_model_seconds_total", &gauges.model_seconds},
+      {"engine_host_seconds_total", &gauges.host_seconds},
       {"kv_demotions_total", &gauges.demotions},
   };
   for (size_t begin = 0; begin < metrics.size();) {

@@ -32,6 +32,7 @@ struct BenchGauges {
   double generated = -1;  // counters since the server started
   double prefix_queries = -1, prefix_hits = -1;
   double preemptions = -1, demotions = -1;
+  double model_seconds = -1, host_seconds = -1;
 };
 
 struct BenchWindow {

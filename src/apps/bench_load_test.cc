@@ -45,10 +45,12 @@ TEST(ReadGauges, SumsSeriesAndKnowsWhatIsMissing) {
       "triaxial_kv_bytes{model_name=\"m\",format=\"bf16\"} 24\n"
       "triaxial_kv_bytes_other 5\n"
       "triaxial_num_requests_running{model_name=\"m\"} 3\n"
+      "triaxial_engine_host_seconds_total{model_name=\"m\"} 0.25\n"
       "triaxial_kv_cache_usage_perc{model_name=\"m\"} 0.5\n");
   EXPECT_DOUBLE_EQ(gauges.kv_bytes, 1024);
   EXPECT_DOUBLE_EQ(gauges.running, 3);
   EXPECT_DOUBLE_EQ(gauges.kv_usage, 0.5);
+  EXPECT_DOUBLE_EQ(gauges.host_seconds, 0.25);
   EXPECT_DOUBLE_EQ(gauges.preemptions, -1);
 }
 

@@ -72,6 +72,7 @@ class BenchSequences {
   // Seconds of a step in which each sequence gets `rows` tokens more.
   Result<double> Step(int rows) {
     batch_.Clear();
+    MakeRoom(rows);
     for (size_t s = 0; s < ids_.size(); ++s) RETURN_IF_ERROR(Append(s, rows, true));
     const auto vocab = static_cast<size_t>(model_->config().text.vocab_size);
     tokens_.resize(ids_.size());
@@ -127,15 +128,30 @@ class BenchSequences {
     return OkStatus();
   }
 
+  // The next `count` of a sequence.
+  std::vector<KvToken> NextTokens(SequenceId id, int count) const {
+    const int32_t length = cache_.Length(id);
+    std::vector<KvToken> tokens;
+    for (int32_t t = length; t < length + count; ++t) {
+      const size_t block = std::min(static_cast<size_t>(t / kBlockTokens), formats_.size() - 1);
+      tokens.push_back({{}, static_cast<uint8_t>(formats_[block])});
+    }
+    return tokens;
+  }
+
+  // Tails of other sizes leave gaps between blocks; where those would stop a step, they are closed, as the
+  // engine does.
+  void MakeRoom(int count) {
+    int64_t rows = 0;
+    for (const SequenceId id : ids_) rows += cache_.RowsToAppend(id, NextTokens(id, count));
+    if (!cache_.Fits(rows) || cache_.FitsWithoutCompaction(rows)) return;
+    cache_.Compact([&](uint32_t from, uint32_t to, int moved) { memory_->Move(from, to, moved); });
+  }
+
   Status Append(size_t s, int count, bool run) {
     const SequenceId id = ids_[s];
     const int32_t length = cache_.Length(id), row = batch_.rows();
-    std::vector<KvToken> kv_tokens;
-    for (int32_t t = length; t < length + count; ++t) {
-      const size_t block = std::min(static_cast<size_t>(t / kBlockTokens), formats_.size() - 1);
-      kv_tokens.push_back({{}, static_cast<uint8_t>(formats_[block])});
-    }
-    RETURN_IF_ERROR(cache_.Append(id, kv_tokens, &append_));
+    RETURN_IF_ERROR(cache_.Append(id, NextTokens(id, count), &append_));
     if (!run) return OkStatus();
     for (int32_t t = length; t < length + count; ++t) {
       batch_.tokens.push_back((t * 31 + static_cast<int32_t>(s)) % model_->config().text.vocab_size);
@@ -203,7 +219,7 @@ const char* PartOf(const std::string& name) {
   };
   if (has({"FinishQkv", "StoreKernel", "ConvertKernel"})) return "write path";
   if (has({"Decode", "Prefill", "Attention", "attention", "flash", "fmha"})) return "attention";
-  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas"})) return "products";
+  if (has({"nvjet", "gemm", "cutlass", "splitK", "gemv", "cublas", "Fp8Product"})) return "products";
   if (name == "copy") return "copies";
   return "other";
 }
@@ -249,7 +265,7 @@ class ModelBench {
     options.device = flags_.device == "cpu"    ? Device::kCpu
                      : flags_.device == "cuda" ? Device::kCuda
                                                : Device::kAuto;
-    options.precision = flags_.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+    options.precision = PrecisionOf(flags_.dtype);
     options.dummy_weights = flags_.load_format == "dummy";
     options.codec = *ParseCodec(flags_.codec);
     Json report = DescribeRun();
@@ -260,6 +276,7 @@ class ModelBench {
     report["load_seconds"] = std::chrono::duration<double>(Clock::now() - begin).count();
     report["parameters"] = model_->parameters();
     report["decode_weight_bytes"] = model_->decode_weight_bytes();
+    report["dtype"] = flags_.dtype;
     report["kv_codec"] = flags_.codec;
     bool on_gpu = false;
     {
@@ -405,8 +422,8 @@ Command AddBenchModel(CLI::App* bench) {
   command->add_option("--device", flags->device, "cpu, cuda, or auto: a GPU if there is one")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--dtype", flags->dtype, "Arithmetic on the CPU: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  command->add_option("--dtype", flags->dtype, "Arithmetic: bf16; fp8 on a GPU; f32 on the CPU")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   command->add_option("--kv-codec", flags->codec)
       ->check(CLI::IsMember({"rotated", "paper"}))

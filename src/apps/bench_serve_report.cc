@@ -36,6 +36,15 @@ Json GrowthJson(const std::vector<BenchGauges>& gauges, double BenchGauges::*fie
   return gauges.back().*field - std::max(0.0, gauges.front().*field);
 }
 
+// Share of the engine's time in which it was not in the model.
+Json HostShareJson(const std::vector<BenchGauges>& gauges) {
+  const Json model = GrowthJson(gauges, &BenchGauges::model_seconds),
+             host = GrowthJson(gauges, &BenchGauges::host_seconds);
+  if (model.is_null() || host.is_null()) return nullptr;
+  const double sum = model.get<double>() + host.get<double>();
+  return sum > 0 ? Json(host.get<double>() / sum) : Json(nullptr);
+}
+
 // The cache's own account of itself. Capacity is the tokens that would fill the arena at the mix it holds.
 Json KvJson(const BenchWindow& window) {
   double tokens = 0, usage = 0, bits = 0, bytes = 0, most = 0;
@@ -110,6 +119,7 @@ Json BenchRunJson(const BenchPoint& point, const BenchWindow& window) {
           {"kv", KvJson(window)},
           {"preemptions", GrowthJson(window.gauges, &BenchGauges::preemptions)},
           {"demotions", GrowthJson(window.gauges, &BenchGauges::demotions)},
+          {"host_share", HostShareJson(window.gauges)},
           {"client_busy", window.client_busy},
           {"series", SeriesJson(window.gauges)}};
 }

@@ -65,7 +65,7 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
   const std::string tags_at = !flags.tags_at.empty() ? flags.tags_at : flags.metric == "kl" ? "end" : "turn";
   options.tags_at = tags_at == "turn" ? TagTime::kTurn : TagTime::kEnd;
   ModelOptions model_options;
-  model_options.precision = flags.model.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  model_options.precision = PrecisionOf(flags.model.dtype);
   model_options.codec = flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
   ASSIGN_OR_RETURN(m.meter,
                    SensitivityMeter::Create(flags.model.model, model_options, m.model.preprocessor, options));

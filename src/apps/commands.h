@@ -9,6 +9,7 @@
 
 #include "base/status.h"
 #include "engine/engine.h"
+#include "model/model.h"
 #include "serve/served_model.h"
 
 namespace triaxial {
@@ -47,6 +48,7 @@ struct ModelFlags {
   std::string kv_disk_bytes = "16G";
   int max_queued = 256;
 };
+Precision PrecisionOf(const std::string& dtype);
 void AddCheckpointFlags(CLI::App* app, ModelFlags* flags);  // --model, --tokenizer
 void AddPolicyFlags(CLI::App* app, ModelFlags* flags);      // --kv-policy, --kv-codec
 // The policy by name or file: --kv-policy; if it is not given, the checkpoint's own kv_policy.json (for the

@@ -101,7 +101,7 @@ Status RunEval(const EvalFlags& flags) {
   ASSIGN_OR_RETURN(const std::vector<EvalPolicy> policies, ParseEvalPolicies(flags.policies, codec));
   EvalOptions options;
   options.model.device = flags.model.device == "cuda" ? Device::kCuda : Device::kCpu;
-  options.model.precision = flags.model.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  options.model.precision = PrecisionOf(flags.model.dtype);
   if (!flags.model.kv_memory.empty()) {
     options.kv_memory = ParseBytes(flags.model.kv_memory);
     if (options.kv_memory <= 0)
@@ -176,8 +176,8 @@ Command AddEval(CLI::App* app) {
   command->add_option("--device", flags->model.device, "Where the model computes")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--dtype", flags->model.dtype, "Arithmetic: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  command->add_option("--dtype", flags->model.dtype, "Arithmetic: bf16; fp8 on a GPU; f32 as the reference")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   command->add_option(
       "--kv-memory", flags->model.kv_memory,

@@ -52,7 +52,13 @@ int main(int argc, char** argv) {
   triaxial::InitLogging(verbose);
   for (const auto& [name, run] : commands) {
     if (!app.got_subcommand(name)) continue;
-    const triaxial::Status status = run();
+    triaxial::Status status;
+    try {
+      status = run();
+    } catch (const std::exception&
+                 error) {  // memory and devices; whatever a command can put right, it does itself
+      status = triaxial::Internal(error.what());
+    }
     if (!status.ok()) {
       std::fprintf(stderr, "triaxial %s: %s\n", name, status.message().c_str());
       return 1;

@@ -66,14 +66,16 @@ std::string PolicyOf(const ModelFlags& flags) {
 
 void AddEngineFlags(CLI::App* app, ModelFlags* flags) {
   app->add_option("--device", flags->device,
-                  "Where the model computes; auto: on the GPU if there is one and --dtype is bf16")
+                  "Where the model computes; auto: on the GPU if there is one and --dtype is not f32")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
       ->capture_default_str();
   app->add_option("--load-format", flags->load_format, "'dummy' makes random weights of config.json's shapes")
       ->check(CLI::IsMember({"auto", "dummy"}))
       ->capture_default_str();
-  app->add_option("--dtype", flags->dtype, "Arithmetic: bf16, or f32 as the reference")
-      ->check(CLI::IsMember({"bf16", "f32"}))
+  app->add_option("--dtype", flags->dtype,
+                  "Arithmetic: bf16; fp8: weights and inputs of the decoder's products in "
+                  "8 bits, on a GPU; f32: the reference, on the CPU")
+      ->check(CLI::IsMember({"bf16", "fp8", "f32"}))
       ->capture_default_str();
   app->add_option(
       "--kv-memory", flags->kv_memory,
@@ -110,6 +112,10 @@ void AddServerFlags(CLI::App* app, ModelFlags* flags) {
       ->capture_default_str();
 }
 
+Precision PrecisionOf(const std::string& dtype) {
+  return dtype == "f32" ? Precision::kF32 : dtype == "fp8" ? Precision::kFp8 : Precision::kBf16;
+}
+
 Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const ServedModel& model) {
   SetComputeThreads(flags.threads);
   EngineOptions options;
@@ -141,7 +147,7 @@ Result<std::unique_ptr<Engine>> StartEngine(const ModelFlags& flags, const Serve
   model_options.device = flags.device == "cpu"    ? Device::kCpu
                          : flags.device == "cuda" ? Device::kCuda
                                                   : Device::kAuto;
-  model_options.precision = flags.dtype == "f32" ? Precision::kF32 : Precision::kBf16;
+  model_options.precision = PrecisionOf(flags.dtype);
   model_options.dummy_weights = flags.load_format == "dummy";
   model_options.codec = flags.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
   ASSIGN_OR_RETURN(std::unique_ptr<Model> loaded, Model::Load(model.directory, model_options));

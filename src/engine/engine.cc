@@ -20,7 +20,7 @@ namespace {
 class EngineImpl : public Engine {
  public:
   EngineImpl(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-             std::unique_ptr<BlockStore> store, EngineContext context, const EngineOptions& options)
+             std::unique_ptr<StoreThread> store, EngineContext context, const EngineOptions& options)
       : context_(std::move(context)),
         seed_(options.seed != 0 ? options.seed
                                 : static_cast<uint64_t>(Clock::now().time_since_epoch().count())),
@@ -141,13 +141,14 @@ Result<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> model,
   context.total_rows = memory->total_rows();
   context.needs = NeedsOf(options.policy, context.geometry, model->calibration(), model->dummy_weights(),
                           options.kv_budget_bits);
-  std::unique_ptr<BlockStore> store;
+  std::unique_ptr<StoreThread> store;
   if (options.store.host_bytes > 0 || !options.store.disk_dir.empty()) {
     BlockStoreOptions store_options = options.store;
     store_options.fingerprint += fmt::format(
         ";layout={};codec={};layers={};heads={};dim={}", memory->layout(), Name(context.geometry.codec),
         context.geometry.num_layers, context.geometry.num_kv_heads, context.geometry.head_dim);
-    ASSIGN_OR_RETURN(store, BlockStore::Open(store_options));
+    ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> opened, BlockStore::Open(store_options));
+    store = std::make_unique<StoreThread>(std::move(opened), BlockBytes(context.geometry, Format::kK4V4));
   }
   return std::unique_ptr<Engine>(
       new EngineImpl(std::move(model), std::move(memory), std::move(store), std::move(context), options));

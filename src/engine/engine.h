@@ -33,11 +33,12 @@ struct EngineOptions {
   // layout.
   BlockStoreOptions store;
   bool check_when_idle = false;  // KvCache::CheckIntegrity whenever nothing runs; it costs milliseconds
-  int32_t max_queued = 256;      // waiting requests; more are refused with ResourceExhausted
+  int32_t max_queued = 256;      // waiting requests; more are refused with ResourceExhausted, and so is a
+                                 // tenant that holds more places than are free (engine/mailbox.h)
   uint64_t seed = 0;             // of requests without one; 0: from the clock
 };
 
-// Everything that metrics and pages want to know, copied at the end of a step.
+// Everything that metrics and pages want to know, copied at the end of a step; `store` when it is asked for.
 struct EngineSnapshot {
   int32_t running = 0;
   int32_t waiting = 0;
@@ -58,6 +59,9 @@ struct EngineSnapshot {
   int64_t prompt_tokens = 0;
   int64_t generation_tokens = 0;
   int64_t steps = 0;
+  // Of the engine's thread while it had work: in the model, and in all else (plans, bookkeeping, events).
+  double model_seconds = 0;
+  double host_seconds = 0;
 };
 
 class Engine {

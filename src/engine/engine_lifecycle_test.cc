@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <deque>
 #include <future>
 #include <limits>
 #include <new>
@@ -33,6 +34,43 @@ TEST(EngineLifecycle, QueueIsBounded) {
   gate->OpenForGood();
   for (int i = 0; i <= 3; ++i) EXPECT_EQ(listeners[i].Wait().finish, FinishReason::kLength);
   EXPECT_TRUE(Submit(engine.get(), RequestOf({1, 2}, 3), &listeners[4]).ok());
+  ExpectEmpty(engine.get());
+}
+
+TEST(EngineLifecycle, AKeyLeavesPlacesInTheQueueToOthers) {
+  auto gate = std::make_shared<Gate>();
+  auto model = std::make_unique<FakeModel>();
+  model->on_forward = [gate](const Batch&) { gate->Pass(); };
+  EngineOptions options;
+  options.max_running = 1;
+  options.max_queued = 6;
+  options.kv_memory = Bf16Blocks(50);
+  const std::unique_ptr<Engine> engine = Start(std::move(model), options);
+  std::deque<Listener> listeners;
+  const auto submit = [&](const char* tenant) {
+    Request request = RequestOf({1, 2}, 3);
+    request.tenant = tenant;
+    const Result<RequestId> id = Submit(engine.get(), std::move(request), &listeners.emplace_back());
+    if (id.ok()) return true;
+    EXPECT_EQ(id.status().code(), Code::kResourceExhausted);
+    listeners.pop_back();
+    return false;
+  };
+  ASSERT_TRUE(submit("greedy"));
+  gate->WaitForStep(1);  // it runs
+  int held = 0;
+  while (submit("greedy")) ++held;
+  EXPECT_EQ(held, 3) << "half of the places";
+  EXPECT_TRUE(submit("second"));
+  EXPECT_TRUE(submit("second"));
+  EXPECT_FALSE(submit("second")) << "one is free, and it has two";
+  EXPECT_FALSE(submit("greedy"));
+  EXPECT_TRUE(submit("third"));
+  EXPECT_FALSE(submit("fourth")) << "the queue is full";
+  gate->OpenForGood();
+  for (Listener& listener : listeners) EXPECT_EQ(listener.Wait().finish, FinishReason::kLength);
+  EXPECT_TRUE(submit("greedy"));
+  EXPECT_EQ(listeners.back().Wait().finish, FinishReason::kLength);
   ExpectEmpty(engine.get());
 }
 
@@ -130,7 +168,10 @@ TEST(EngineLifecycle, CancelsWhileBlocksWake) {
   const std::vector<int32_t> prompt = RandomTokens(600, 1);
   run(prompt);
   for (uint32_t seed = 2; seed < 5; ++seed) run(RandomTokens(900, seed));  // they put it to sleep
-  ASSERT_GT(engine->Snapshot().store.host_blocks, 0);
+  for (int i = 0; i < 2000 && engine->Snapshot().store.host_blocks < 9; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  ASSERT_GE(engine->Snapshot().store.host_blocks, 9);
 
   Listener runs, wakes, again;
   gated = true;
@@ -139,8 +180,12 @@ TEST(EngineLifecycle, CancelsWhileBlocksWake) {
   ASSERT_TRUE(Submit(engine.get(), std::move(endless), &runs).ok());
   gate->WaitForStep(1);
   const RequestId id = Submit(engine.get(), RequestOf(prompt, 5), &wakes).value();
-  gate->Open(1);
-  gate->WaitForStep(2);  // it is admitted, its blocks woke, and nothing of it is computed
+  // Until it is admitted: its blocks are awake.
+  for (int step = 2; engine->Snapshot().running < 2 && step < 90; ++step) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // for the thread that fetches them
+    gate->Open(1);
+    gate->WaitForStep(step);
+  }
   engine->Cancel(id);
   gate->OpenForGood();
   const TokenEvent last = wakes.Wait();

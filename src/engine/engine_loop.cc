@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <new>
 #include <utility>
 
 #include "base/check.h"
@@ -17,10 +18,21 @@ double Seconds(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
+// What ends a request is said even where memory for a sentence is missing: so few letters fit into the string
+// itself.
+template <typename... Args>
+std::string Sentence(fmt::format_string<Args...> text, Args&&... args) {
+  try {
+    return fmt::format(text, std::forward<Args>(args)...);
+  } catch (const std::bad_alloc&) {
+    return "out of memory";
+  }
+}
+
 }  // namespace
 
 EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-                       std::unique_ptr<BlockStore> store, const EngineContext& context,
+                       std::unique_ptr<StoreThread> store, const EngineContext& context,
                        const EngineOptions& options, Mailbox* mailbox)
     : context_(context),
       mailbox_(mailbox),
@@ -34,30 +46,31 @@ EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> m
       check_when_idle_(options.check_when_idle) {}
 
 void EngineLoop::Run() {
+  Clock::time_point since = Clock::now();
   while (true) {
     if (mailbox_->has_mail()) TakeMail();
     if (scheduler_.idle()) {
-      if (check_when_idle_)
-        CHECK(CheckIntegrity().ok() && cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
+      if (check_when_idle_) {
+        CHECK(CheckIntegrity().code() != Code::kInternal);
+        CHECK(cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
+      }
       PublishSnapshot();
       if (!mailbox_->Wait()) return SaveSessions();
+      since = Clock::now();
       continue;
     }
     if (may_be_late_) FailLate();
     RunStep();
     RemoveFinished();
+    const Clock::time_point now = Clock::now();
+    busy_seconds_ += Seconds(std::exchange(since, now), now);
     PublishSnapshot();
   }
 }
 
 void EngineLoop::TakeMail() {
   mailbox_->Take(&mail_);
-  for (std::unique_ptr<RequestState>& request : mail_.submitted) {
-    scheduler_.Enqueue(request.get());
-    const RequestId id = request->id;
-    may_be_late_ = may_be_late_ || request->deadline != Clock::time_point::max();
-    requests_.emplace(id, std::move(request));
-  }
+  for (std::unique_ptr<RequestState>& request : mail_.submitted) Accept(std::move(request));
   const auto cancel = [this](RequestState* request) {
     if (!request->finished) Finish(request, FinishReason::kCancelled, OkStatus());
   };
@@ -68,7 +81,13 @@ void EngineLoop::TakeMail() {
     for (auto& [id, request] : requests_) cancel(request.get());
   }
   RemoveFinished();
-  for (Inspection& inspection : mail_.inspections) inspection.blocks.set_value(BlocksOf(inspection.id));
+  for (Inspection& inspection : mail_.inspections) {
+    try {
+      inspection.blocks.set_value(BlocksOf(inspection.id));
+    } catch (const std::bad_alloc&) {
+      inspection.blocks.set_exception(std::current_exception());
+    }
+  }
   for (std::promise<Status>& check : mail_.checks) check.set_value(CheckIntegrity());
   mail_.checks.clear();
   mail_.submitted.clear();
@@ -77,20 +96,44 @@ void EngineLoop::TakeMail() {
   mail_.cancel_all = false;
 }
 
+void EngineLoop::Accept(std::unique_ptr<RequestState> request) {
+  RequestState* accepted = request.get();
+  may_be_late_ = may_be_late_ || request->deadline != Clock::time_point::max();
+  try {
+    std::unique_ptr<RequestState>& place = requests_[request->id];
+    place = std::move(request);
+    scheduler_.Enqueue(accepted);
+  } catch (const std::bad_alloc&) {
+    Finish(accepted, FinishReason::kError,
+           Internal(Sentence("the server has no memory left to queue the request; send it again")));
+  }
+}
+
 void EngineLoop::RunStep() {
   try {
     scheduler_.MakePlan(&plan_);
     if (!EncodeImages()) return;
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
-    if (!step_.empty()) executor_.Run(step_);
-    scheduler_.FinishStep();
-    ++steps_;
-    for (size_t i = 0; i < step_.items.size(); ++i) TakeToken(i);
+    if (!step_.empty()) {
+      const Clock::time_point begin = Clock::now();
+      executor_.Run(step_);
+      model_seconds_ += Seconds(begin, Clock::now());
+    }
+    if (scheduler_.waits_for_blocks()) backing_.WaitForFetched();
   } catch (const std::exception& e) {
-    FailStep(e.what());
+    return FailStep(e.what());
   } catch (...) {
-    FailStep("unknown exception");
+    return FailStep("unknown exception");
+  }
+  scheduler_.FinishStep();
+  ++steps_;
+  for (size_t i = 0; i < step_.items.size(); ++i) {
+    try {
+      TakeToken(i);
+    } catch (const std::exception& e) {
+      Fail(step_.items[i].sequence, e.what());
+    }
   }
   auto* fails = static_cast<RequestState*>(plan_.fail);
   if (fails != nullptr && !fails->finished) FailForMemory(fails);
@@ -102,10 +145,12 @@ bool EngineLoop::EncodeImages() {
     auto* request = static_cast<RequestState*>(rows.sequence);
     if (rows.begin >= request->prompt_tokens) continue;
     try {
+      const Clock::time_point begin = Clock::now();
       executor_.EncodeImages(request, rows.begin, rows.count);
+      model_seconds_ += Seconds(begin, Clock::now());
     } catch (const std::exception& e) {
       Finish(request, FinishReason::kError,
-             Internal(fmt::format("an image of the request could not be encoded: {}", e.what())));
+             Internal(Sentence("an image of the request could not be encoded: {}", e.what())));
       return false;
     }
   }
@@ -120,7 +165,7 @@ void EngineLoop::NoteAdmissions() {
     request->first_step = cache_.step();
     prefix_queries_ += request->prompt_tokens;
     prefix_hits_ += request->cached_tokens;
-    mailbox_->LeaveQueue();
+    mailbox_->LeaveQueue(request->tenant);
   }
 }
 
@@ -135,11 +180,11 @@ void EngineLoop::FailLate() {
       continue;
     }
     Finish(request.get(), FinishReason::kError,
-           DeadlineExceeded(fmt::format(
-               "the request took longer than the {} s that it allows: {} of {} prompt "
-               "tokens and {} output tokens were done; allow more, or send it again",
-               request->request.timeout_seconds, std::min(request->computed, request->prompt_tokens),
-               request->prompt_tokens, request->output_tokens())));
+           DeadlineExceeded(Sentence("the request took longer than the {} s that it allows: {} of {} prompt "
+                                     "tokens and {} output tokens were done; allow more, or send it again",
+                                     request->request.timeout_seconds,
+                                     std::min(request->computed, request->prompt_tokens),
+                                     request->prompt_tokens, request->output_tokens())));
   }
   RemoveFinished();
 }
@@ -181,29 +226,31 @@ void EngineLoop::TakeToken(size_t item) {
   } else if (static_cast<int32_t>(request->tokens.size()) >= request->max_length) {
     event.finish = FinishReason::kLength;
   }
-  if (event.finish == FinishReason::kNone) {
-    Send(request, std::move(event));
-  } else {
-    Finish(request, std::move(event));
-  }
+  if (event.finish != FinishReason::kNone) return Finish(request, std::move(event));
+  if (!Send(request, std::move(event))) Finish(request, FinishReason::kCancelled, OkStatus());
 }
 
-// Whatever the kernels left behind belongs to the step's sequences: they fail, the others go on.
+// Whatever a step left behind belongs to the sequences that it had got to: they fail, the others go on. Where
+// there are none, it failed on its way to the last that it had planned, or before it had planned anything.
 void EngineLoop::FailStep(std::string_view what) {
   spdlog::error("a step failed: {}", what);
-  const auto fail = [&](Sequence* sequence) {
-    auto* request = static_cast<RequestState*>(sequence);
-    if (request->finished) return;
-    Finish(request, FinishReason::kError, Internal(fmt::format("the step of this request failed: {}", what)));
-  };
-  for (Sequence* sequence : scheduler_.AbortStep()) fail(sequence);
-  for (const Plan::Rows& rows : plan_.rows) fail(rows.sequence);
+  const std::span<Sequence* const> lost = scheduler_.AbortStep();
+  for (Sequence* sequence : lost) Fail(sequence, what);
+  if (!lost.empty()) return;
+  Sequence* last = plan_.rows.empty() ? scheduler_.last_running() : plan_.rows.back().sequence;
+  if (last != nullptr) Fail(last, what);
+}
+
+void EngineLoop::Fail(Sequence* sequence, std::string_view what) {
+  auto* request = static_cast<RequestState*>(sequence);
+  if (request->finished) return;
+  Finish(request, FinishReason::kError, Internal(Sentence("the step of this request failed: {}", what)));
 }
 
 void EngineLoop::FailForMemory(RequestState* request) {
   Finish(
       request, FinishReason::kError,
-      ResourceExhausted(fmt::format(
+      ResourceExhausted(Sentence(
           "after {} prompt and {} output tokens the KV cache of {} bytes has no room for the request, even "
           "alone; raise --kv-memory, ask for fewer tokens or choose a policy with fewer bits",
           request->prompt_tokens, request->output_tokens(), memory_->bytes())));
@@ -223,28 +270,39 @@ void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
   if (request->cache_id != 0) {
     constexpr size_t kRemembered = 256;
     if (recent_.size() == kRemembered) recent_.pop_front();
-    recent_.emplace_back(request->id, cache_.Handles(request->cache_id));
+    try {
+      recent_.emplace_back(request->id, cache_.Handles(request->cache_id));
+    } catch (const std::bad_alloc&) {  // then its blocks cannot be asked for
+    }
   }
   scheduler_.Remove(request);
-  if (!request->started) mailbox_->LeaveQueue();
-  request->finished = true;
-  finished_.push_back(request->id);
-  Send(request, std::move(event));
+  if (!request->started) mailbox_->LeaveQueue(request->tenant);
+  request->finished = any_finished_ = true;
+  RequestStats stats = event.stats;
+  if (Send(request, std::move(event))) return;
+  TokenEvent again;  // somebody waits for an end
+  again.id = request->id;
+  again.finish = FinishReason::kError;
+  again.error = Internal(Sentence("the end of the answer could not be delivered"));
+  again.stats = std::move(stats);
+  Send(request, std::move(again));
 }
 
-void EngineLoop::Send(RequestState* request, TokenEvent&& event) {
-  if (!request->request.on_event) return;
+// False if the receiver failed.
+bool EngineLoop::Send(RequestState* request, TokenEvent&& event) {
+  if (!request->request.on_event) return true;
   try {
     request->request.on_event(std::move(event));
+    return true;
   } catch (const std::exception& e) {
-    spdlog::error("the receiver of request {} failed and is cancelled: {}", request->id, e.what());
-    mailbox_->Cancel(request->id);
+    spdlog::error("the receiver of request {} failed: {}", request->id, e.what());
+    return false;
   }
 }
 
 void EngineLoop::RemoveFinished() {
-  for (const RequestId id : finished_) requests_.erase(id);
-  finished_.clear();
+  if (!std::exchange(any_finished_, false)) return;
+  std::erase_if(requests_, [](const auto& entry) { return entry.second->finished; });
 }
 
 RequestStats EngineLoop::StatsOf(const RequestState& request) const {
@@ -255,11 +313,11 @@ RequestStats EngineLoop::StatsOf(const RequestState& request) const {
   stats.cached_tokens = request.cached_tokens;
   if (request.cache_id != 0) {
     stats.kv = cache_.Usage(request.cache_id);
-    for (const KvBlock* block : cache_.Blocks(request.cache_id)) {
+    cache_.ForEachBlock(request.cache_id, [&](const KvBlock& block) {
       stats.demotions += static_cast<int32_t>(
-          std::count_if(block->history.begin(), block->history.end(),
+          std::count_if(block.history.begin(), block.history.end(),
                         [&](const KvChange& change) { return change.step >= request.first_step; }));
-    }
+    });
   }
   stats.effective_bits = stats.kv.effective_bits(context_.geometry);
   stats.queue_seconds = Seconds(request.submitted, request.started ? request.admitted : now);
@@ -272,7 +330,7 @@ std::vector<KvBlock> EngineLoop::BlocksOf(RequestId id) const {
   std::vector<KvBlock> blocks;
   const auto running = requests_.find(id);
   if (running != requests_.end() && running->second->cache_id != 0) {
-    for (const KvBlock* block : cache_.Blocks(running->second->cache_id)) blocks.push_back(*block);
+    cache_.ForEachBlock(running->second->cache_id, [&](const KvBlock& block) { blocks.push_back(block); });
     return blocks;
   }
   const auto finished =
@@ -285,7 +343,12 @@ std::vector<KvBlock> EngineLoop::BlocksOf(RequestId id) const {
 }
 
 Status EngineLoop::CheckIntegrity() {
-  Status integrity = cache_.CheckIntegrity();
+  Status integrity;
+  try {
+    integrity = cache_.CheckIntegrity();
+  } catch (const std::bad_alloc&) {
+    return ResourceExhausted(Sentence("the machine has no memory left for counting the cache; try again"));
+  }
   if (integrity.ok()) return integrity;
   ++integrity_errors_;
   spdlog::critical("the KV cache lost track of its blocks, and forgets what nobody uses: {}",
@@ -297,10 +360,16 @@ Status EngineLoop::CheckIntegrity() {
 // What nobody uses goes to sleep, for a server to come.
 void EngineLoop::SaveSessions() {
   if (store_ == nullptr) return;
-  cache_.SleepAll([this](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
-    backing_.Sleep(block, key, parent);
-  });
-  const Status saved = store_->Save();
+  Status saved;
+  try {
+    cache_.SleepAll([this](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
+      store_->Drain();  // so that none is dropped
+      backing_.Sleep(block, key, parent);
+    });
+    saved = store_->Save();
+  } catch (const std::bad_alloc&) {
+    saved = Internal("out of memory");
+  }
   const BlockStoreStats stats = store_->Stats();
   if (!saved.ok()) spdlog::warn("sessions could not all be saved: {}", saved.message());
   spdlog::info("{} blocks sleep on disk, {} bytes", stats.disk_blocks, stats.disk_bytes);
@@ -322,16 +391,20 @@ void EngineLoop::PublishSnapshot() {
   snapshot_.demotions = cache_.demotions();
   snapshot_.evictions = cache_.evictions();
   snapshot_.integrity_errors = integrity_errors_;
-  if (store_ != nullptr) snapshot_.store = store_->Stats();
   snapshot_.preemptions = scheduler_.preemptions();
   snapshot_.prompt_tokens = prompt_tokens_;
   snapshot_.generation_tokens = generation_tokens_;
   snapshot_.steps = steps_;
+  snapshot_.model_seconds = model_seconds_;
+  snapshot_.host_seconds = busy_seconds_ - model_seconds_;
 }
 
 EngineSnapshot EngineLoop::Snapshot() const {
-  const std::lock_guard lock(snapshot_mutex_);
-  return snapshot_;
+  std::unique_lock lock(snapshot_mutex_);
+  EngineSnapshot snapshot = snapshot_;
+  lock.unlock();
+  if (store_ != nullptr) snapshot.store = store_->Stats();
+  return snapshot;
 }
 
 }  // namespace triaxial

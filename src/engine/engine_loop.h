@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
@@ -26,13 +27,13 @@ class EngineLoop {
   // `context` and `mailbox` must outlive it.
   // `store` may be null.
   EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> memory,
-             std::unique_ptr<BlockStore> store, const EngineContext& context, const EngineOptions& options,
+             std::unique_ptr<StoreThread> store, const EngineContext& context, const EngineOptions& options,
              Mailbox* mailbox);
 
   // Until the mailbox is stopped; then all requests have had their last event.
   void Run();
 
-  // Thread-safe; as of the end of the last step.
+  // Thread-safe; as of the end of the last step, but for the blocks that sleep: as of now.
   EngineSnapshot Snapshot() const;
   // Only on the engine thread.
   std::vector<KvBlock> BlocksOf(RequestId id) const;
@@ -40,6 +41,7 @@ class EngineLoop {
 
  private:
   void TakeMail();
+  void Accept(std::unique_ptr<RequestState> request);
   void RunStep();
   bool EncodeImages();
   void NoteAdmissions();
@@ -47,10 +49,11 @@ class EngineLoop {
   void SaveSessions();
   void TakeToken(size_t item);
   void FailStep(std::string_view what);
+  void Fail(Sequence* sequence, std::string_view what);
   void FailForMemory(RequestState* request);
   void Finish(RequestState* request, FinishReason reason, Status error);
   void Finish(RequestState* request, TokenEvent&& event);
-  void Send(RequestState* request, TokenEvent&& event);
+  bool Send(RequestState* request, TokenEvent&& event);
   void RemoveFinished();
   RequestStats StatsOf(const RequestState& request) const;
   void PublishSnapshot();
@@ -59,14 +62,14 @@ class EngineLoop {
   Mailbox* mailbox_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<KvMemory> memory_;
-  std::unique_ptr<BlockStore> store_;
+  std::unique_ptr<StoreThread> store_;
   MemoryBacking backing_;
   KvCache cache_;
   Scheduler scheduler_;
   Executor executor_;
   Sampler sampler_;
   std::unordered_map<RequestId, std::unique_ptr<RequestState>> requests_;
-  std::vector<RequestId> finished_;  // to be removed from requests_
+  bool any_finished_ = false;  // some of requests_ are to be removed
   // Blocks of requests that finished lately, for those who ask.
   std::deque<std::pair<RequestId, std::vector<BlockHandle>>> recent_;
   Mail mail_;  // these three keep their memory between steps
@@ -81,6 +84,7 @@ class EngineLoop {
   int64_t integrity_errors_ = 0;
   int64_t generation_tokens_ = 0;
   int64_t steps_ = 0;
+  double busy_seconds_ = 0, model_seconds_ = 0;
 
   mutable std::mutex snapshot_mutex_;
   EngineSnapshot snapshot_;

@@ -1,41 +1,45 @@
 #include "engine/kv_backing.h"
 
+#include <new>
+#include <utility>
+
 #include "base/log.h"
 
 namespace triaxial {
 
-Result<SleepingBlock> KvBacking::Get(const BlockKey&) { return NotFound("no blocks sleep here"); }
+Result<SleepingBlock> KvBacking::Take(const BlockKey&) { return NotFound("no blocks sleep here"); }
 
 void MemoryBacking::Sleep(const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
   if (store_ == nullptr) return;
   const KvGeometry& geometry = memory_->geometry();
   const int rows = UnitsOf(geometry, block.format);
-  sleeping_.key = key;
-  sleeping_.parent = parent;
-  sleeping_.position = block.position;
-  sleeping_.format = block.format;
-  sleeping_.contents = block.contents;
-  sleeping_.tags = block.tags;
-  sleeping_.bytes.resize(static_cast<size_t>(rows * UnitRowBytes(geometry) * geometry.num_layers));
-  const Status read = memory_->Read(block.unit_row, rows, sleeping_.bytes.data());
-  if (!read.ok()) {
-    spdlog::warn("a block is dropped instead of put to sleep: {}", read.message());
-    return;
+  try {
+    SleepingBlock sleeping = store_->Begin();
+    sleeping.key = key;
+    sleeping.parent = parent;
+    sleeping.position = block.position;
+    sleeping.format = block.format;
+    sleeping.contents = block.contents;
+    sleeping.tags = block.tags;
+    sleeping.bytes.resize(static_cast<size_t>(rows * UnitRowBytes(geometry) * geometry.num_layers));
+    const Status read = memory_->Read(block.unit_row, rows, sleeping.bytes.data());
+    if (!read.ok()) {
+      spdlog::warn("a block is dropped instead of put to sleep: {}", read.message());
+      return store_->GiveBack(std::move(sleeping));
+    }
+    store_->Put(std::move(sleeping));
+  } catch (const std::bad_alloc&) {
+    spdlog::warn("a block is dropped instead of put to sleep: out of memory");
   }
-  store_->Put(sleeping_);
 }
 
-bool MemoryBacking::asleep() const {
-  if (store_ == nullptr) return false;
-  const BlockStoreStats stats = store_->Stats();
-  return stats.host_blocks + stats.disk_blocks > 0;
-}
-
-Status MemoryBacking::Write(uint32_t row, int rows, const SleepingBlock& block) {
+Status MemoryBacking::Write(uint32_t row, int rows, SleepingBlock&& block) {
   const KvGeometry& geometry = memory_->geometry();
   const auto bytes = static_cast<size_t>(rows * UnitRowBytes(geometry) * geometry.num_layers);
   if (block.bytes.size() != bytes) return Internal("a sleeping block has not the size of its format");
-  return memory_->Write(row, rows, block.bytes.data());
+  const Status written = memory_->Write(row, rows, block.bytes.data());
+  store_->GiveBack(std::move(block));
+  return written;
 }
 
 }  // namespace triaxial

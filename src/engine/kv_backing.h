@@ -3,12 +3,12 @@
 #ifndef TRIAXIAL_ENGINE_KV_BACKING_H_
 #define TRIAXIAL_ENGINE_KV_BACKING_H_
 
-#include <memory>
-#include <vector>
+#include <span>
 
 #include "kv/arena.h"
 #include "kv/block.h"
 #include "kv/block_store.h"
+#include "kv/store_thread.h"
 
 namespace triaxial {
 
@@ -21,30 +21,35 @@ class KvBacking {
   virtual bool sleeps() const { return false; }
   // Whether anything sleeps now.
   virtual bool asleep() const { return false; }
+  // Takes a copy, or drops the block.
   virtual void Sleep(const KvBlock& /*block*/, const BlockKey& /*key*/, const BlockKey& /*parent*/) {}
   virtual bool Contains(const BlockKey& /*key*/) const { return false; }
-  virtual Result<SleepingBlock> Get(const BlockKey& key);
-  // The bytes of a block that woke, to its rows.
-  virtual Status Write(uint32_t /*row*/, int /*rows*/, const SleepingBlock& /*block*/) { return OkStatus(); }
+  // As StoreThread's; and waiting for what was asked for.
+  virtual void Fetch(std::span<const BlockKey> /*keys*/) {}
+  virtual Result<SleepingBlock> Take(const BlockKey& key);
+  virtual void WaitForFetched() {}
+  // The bytes of a block that woke, to its rows; the rest of it is of no use any more.
+  virtual Status Write(uint32_t /*row*/, int /*rows*/, SleepingBlock&& /*block*/) { return OkStatus(); }
 };
 
 // The engine's: a model's memory, and a store if there is one.
 class MemoryBacking final : public KvBacking {
  public:
   // `memory` and `store` (or nullptr) must outlive it.
-  MemoryBacking(KvMemory* memory, BlockStore* store) : memory_(memory), store_(store) {}
+  MemoryBacking(KvMemory* memory, StoreThread* store) : memory_(memory), store_(store) {}
   void Move(uint32_t from_row, uint32_t to_row, int rows) override { memory_->Move(from_row, to_row, rows); }
   bool sleeps() const override { return store_ != nullptr; }
-  bool asleep() const override;
+  bool asleep() const override { return store_ != nullptr && !store_->empty(); }
   void Sleep(const KvBlock& block, const BlockKey& key, const BlockKey& parent) override;
   bool Contains(const BlockKey& key) const override { return store_ != nullptr && store_->Contains(key); }
-  Result<SleepingBlock> Get(const BlockKey& key) override { return store_->Get(key); }
-  Status Write(uint32_t row, int rows, const SleepingBlock& block) override;
+  void Fetch(std::span<const BlockKey> keys) override { store_->Fetch(keys); }
+  Result<SleepingBlock> Take(const BlockKey& key) override { return store_->Take(key); }
+  void WaitForFetched() override { store_->Wait(); }
+  Status Write(uint32_t row, int rows, SleepingBlock&& block) override;
 
  private:
   KvMemory* memory_;
-  BlockStore* store_;
-  SleepingBlock sleeping_;  // keeps its memory
+  StoreThread* store_;
 };
 
 }  // namespace triaxial

@@ -4,6 +4,8 @@
 
 #include <chrono>
 
+#include "base/reserve.h"
+
 namespace triaxial {
 
 template <typename Change>
@@ -17,9 +19,19 @@ void Mailbox::Post(const Change& change) {
 Result<RequestId> Mailbox::Submit(std::unique_ptr<RequestState> request) {
   const std::lock_guard lock(mutex_);
   if (closed_) return Unavailable("the server is shutting down; send the request elsewhere");
-  if (queued_ >= max_queued_) {
-    return ResourceExhausted(fmt::format("{} requests are waiting already; retry later", max_queued_));
+  const int32_t free = max_queued_ - queued_;
+  if (free <= 0) {
+    return ResourceExhausted(fmt::format("{} requests are waiting already; retry later", queued_));
   }
+  ReserveAtLeast(&mail_.submitted, mail_.submitted.size() + 1);
+  int32_t& own = queued_by_tenant_[request->tenant];
+  if (!request->tenant.empty() && own >= free) {
+    return ResourceExhausted(
+        fmt::format("{} requests of this API key are waiting already, and the {} places that are left in the "
+                    "queue are for others; retry later",
+                    own, free));
+  }
+  ++own;
   const RequestId id = request->id = next_id_;
   mail_.submitted.push_back(std::move(request));
   ++next_id_;
@@ -27,6 +39,13 @@ Result<RequestId> Mailbox::Submit(std::unique_ptr<RequestState> request) {
   has_mail_ = true;
   wake_.notify_one();
   return id;
+}
+
+void Mailbox::LeaveQueue(const std::string& tenant) {
+  const std::lock_guard lock(mutex_);
+  --queued_;
+  const auto own = queued_by_tenant_.find(tenant);
+  if (--own->second == 0) queued_by_tenant_.erase(own);
 }
 
 void Mailbox::Cancel(RequestId id) {

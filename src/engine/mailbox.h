@@ -1,4 +1,8 @@
-// Messages from any thread to the engine thread, and the queue limit.
+// Messages from any thread to the engine thread, and the queue's limit.
+//
+// An API key may hold as many places in the queue as are free (Choudhury and Hahne, "Dynamic queue length
+// thresholds", 1998): one alone half of them, two a third each, so that there is always room for one who
+// comes new. Nobody who waits is ever sent away. Without keys there is nobody to keep room for.
 #ifndef TRIAXIAL_ENGINE_MAILBOX_H_
 #define TRIAXIAL_ENGINE_MAILBOX_H_
 
@@ -6,8 +10,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <future>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,8 +39,8 @@ class Mailbox {
  public:
   explicit Mailbox(int32_t max_queued) : max_queued_(max_queued) {}
 
-  // For clients; all thread-safe. Submit gives the request its id; ResourceExhausted if the queue is full,
-  // Unavailable after Close.
+  // For clients; all thread-safe. Submit gives the request its id; ResourceExhausted if there is no place in
+  // the queue for its tenant, Unavailable after Close.
   Result<RequestId> Submit(std::unique_ptr<RequestState> request);
   void Cancel(RequestId id);
   std::future<std::vector<KvBlock>> Inspect(RequestId id);
@@ -53,8 +59,8 @@ class Mailbox {
   void Take(Mail* mail);
   // Sleeps until there is mail; false: the engine shall end.
   bool Wait();
-  // A request left the queue, to run or to end.
-  void LeaveQueue() { --queued_; }
+  // A request of this tenant left the queue, to run or to end.
+  void LeaveQueue(const std::string& tenant);
 
  private:
   template <typename Change>
@@ -70,7 +76,8 @@ class Mailbox {
   bool stop_ = false;
   bool idle_ = false;
   std::atomic<bool> has_mail_ = false;  // written under the lock
-  std::atomic<int32_t> queued_ = 0;     // requests that were never admitted; raised under the lock
+  int32_t queued_ = 0;                  // requests that were never admitted
+  std::map<std::string, int32_t> queued_by_tenant_;
 };
 
 }  // namespace triaxial

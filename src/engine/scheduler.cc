@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/checked_math.h"
 #include "base/log.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 namespace {
@@ -23,6 +24,12 @@ void InsertInOrder(std::vector<Sequence*>* sequences, Sequence* sequence) {
 
 std::span<const KvToken> TokensOf(const Sequence& sequence, int32_t begin, int32_t count) {
   return std::span(sequence.kv_tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
+}
+
+BlockKey KeyBehind(const BlockKey& parent, std::span<const KvToken> tokens) {
+  std::array<ContentId, kBlockTokens> contents;
+  for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
+  return ChildKey(parent, contents);
 }
 
 }  // namespace
@@ -50,6 +57,7 @@ void Plan::Clear() {
   rows.clear();
   preempt.clear();
   fail = nullptr;
+  short_of_memory = false;
 }
 
 void Step::Clear() {
@@ -62,17 +70,20 @@ void Step::Clear() {
 Scheduler::Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing)
     : limits_(limits), cache_(cache), backing_(backing) {
   CHECK(limits.max_running > 0 && limits.max_step_tokens >= limits.max_running);
-  running_.reserve(static_cast<size_t>(limits.max_running));
-  preempted_.reserve(static_cast<size_t>(limits.max_running));  // so that preempting cannot throw
+  const auto max_running = static_cast<size_t>(limits.max_running);
+  running_.reserve(max_running);
+  in_step_.reserve(max_running);
+  lost_.reserve(max_running);
   if (!backing->sleeps()) return;
   sleep_ = [backing](const KvBlock& block, const BlockKey& key, const BlockKey& parent) {
     backing->Sleep(block, key, parent);
   };
 }
 
-Tenant* TenantClass::Arrive(const std::string& name) {
-  RaiseLevel();
+Tenant* TenantClass::Arrive(const std::string& name, Sequence* sequence) {
   Tenant& tenant = tenants_[name];
+  tenant.waiting.push_back(sequence);
+  RaiseLevel();
   if (tenant.requests++ == 0) {
     tenant.served = std::max(tenant.served, level_);
     ++present_;
@@ -108,13 +119,16 @@ void TenantClass::RaiseLevel() {
 }
 
 void Scheduler::Enqueue(Sequence* sequence) {
-  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant);
-  sequence->account->waiting.push_back(sequence);
+  // All may have to give way one day, and then there is to be a place for each.
+  ReserveAtLeast(&preempted_, running_.size() + static_cast<size_t>(waiting_) + 1);
+  sequence->account = classes_[sequence->priority].Arrive(sequence->tenant, sequence);
   ++waiting_;
 }
 
 void Scheduler::Remove(Sequence* sequence) {
+  if (sequence->account == nullptr) return;
   stuck_ = false;  // its rows may be what was missing
+  if (waking_ == sequence) StopWaking();
   if (sequence->cache_id != 0) {
     cache_->FreeSequence(std::exchange(sequence->cache_id, 0));
     std::erase(running_, sequence);
@@ -133,17 +147,17 @@ int64_t Scheduler::RowsFor(const Sequence& sequence, int32_t count) const {
 int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
   const KvGeometry& geometry = cache_->geometry();
   int64_t rows = 0;
-  for (const KvBlock* block : cache_->Blocks(sequence.cache_id)) {
-    if (block->users == 1) rows += UnitsOf(geometry, block->format, block->capacity) - block->slack;
-  }
+  cache_->ForEachBlock(sequence.cache_id, [&](const KvBlock& b) {
+    if (b.users == 1) rows += UnitsOf(geometry, b.format, b.capacity) - b.slack;
+  });
   return rows;
 }
 
-// What of a plan's rows is appended now that all its sequences are admitted. One that blocks woke for begins
-// behind them, in the next plan; and who was admitted before it may have woken a block that it matches, where
-// it ends.
+// What of a plan's rows is appended now that its sequences are admitted, but for one that is waking. One that
+// blocks woke for begins behind them, in the next plan; and who was admitted before it may have woken a block
+// that it matches, where it ends.
 int32_t Scheduler::CountNow(const Plan::Rows& rows) const {
-  if (rows.begin != rows.sequence->computed) return 0;
+  if (rows.sequence->cache_id == 0 || rows.begin != rows.sequence->computed) return 0;
   return std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
 }
 
@@ -157,9 +171,12 @@ void Scheduler::MakePlan(Plan* plan) const {
     available += RowsHeld(*sequence);
     plan->preempt.push_back(sequence);
   };
-  // Only where nothing can make room any more: not those that are preempted, nor blocks that grew older.
-  const auto may_fail = [&] { return plan->preempt.empty() && cache_->ageing() == 0; };
+  // Only where nothing can make room any more: not those that are preempted, nor who wakes, nor blocks that
+  // grew older.
+  const auto may_fail = [&] { return plan->preempt.empty() && waking_ == nullptr && cache_->ageing() == 0; };
+  bool& short_of_memory = plan->short_of_memory;
   if (stuck_) {  // what was counted as free could not be had
+    short_of_memory = true;
     if (staying > 1) {
       preempt_last();
     } else if (staying == 1 && may_fail()) {
@@ -168,7 +185,6 @@ void Scheduler::MakePlan(Plan* plan) const {
     }
   }
 
-  bool short_of_memory = false;
   for (size_t i = 0; i < staying; ++i) {
     Sequence* sequence = running_[i];
     if (sequence->pending() != 1) continue;
@@ -224,7 +240,8 @@ bool Scheduler::PlanAdmission(Sequence* sequence, int64_t* available, int32_t* b
                                            match.begin, sequence->min_format);
     sequence->predicted_begin = match.begin;
   }
-  const int64_t rows = sequence->predicted_rows + match.idle_rows;
+  // What woke for it is kept for it, and is not among what is available.
+  const int64_t rows = sequence->predicted_rows + (sequence == waking_ ? 0 : match.idle_rows);
   const bool fits = rows <= *available;
   if (!fits && !(running_.empty() && plan->rows.empty())) return false;
   *available -= rows;
@@ -282,11 +299,20 @@ void Scheduler::PlanAdmissions(int64_t available, int32_t budget, Plan* plan) co
 
 void Scheduler::Commit(const Plan& plan, Step* step) {
   step->Clear();
+  waits_for_blocks_ = false;
   stuck_ = false;
   for (Sequence* sequence : plan.preempt) Preempt(sequence);
   if (std::exchange(scattered_, false)) Compact();
+  if (plan.short_of_memory && waking_ != nullptr) StopWaking();
+  bool wakes = false;
   for (const Plan::Rows& rows : plan.rows) {
-    if (rows.sequence->cache_id == 0) Admit(rows.sequence);
+    if (rows.sequence->cache_id != 0) continue;
+    // One that waits for its blocks keeps nobody else waiting who has none asleep.
+    if (rows.sequence->admitted_before || !backing_->asleep() || Wake(rows.sequence)) {
+      Admit(rows.sequence);
+    } else {
+      wakes = true;
+    }
   }
   MakeRoom(plan, step);
   for (const Plan::Rows& rows : plan.rows) {
@@ -302,6 +328,7 @@ void Scheduler::Commit(const Plan& plan, Step* step) {
     stuck_ = true;
     return;
   }
+  waits_for_blocks_ = wakes && step->empty();
 }
 
 // Between what is in use and the arena's end there is to be a little room, so that steps do not each fight
@@ -314,18 +341,17 @@ void Scheduler::MakeRoom(const Plan& plan, Step* step) {
     if (const int32_t count = CountNow(r); count > 0) rows += RowsFor(*r.sequence, count);
   }
   if (rows == 0) return;
-  const int64_t low = cache_->total_rows() / 128, high = cache_->total_rows() / 64;
+  // What is dropped goes to sleep at once, where there is a place for it: a step's worth is enough.
+  const int64_t most = sleep_ ? 4 * UnitsOf(cache_->geometry(), Format::kBf16) : cache_->total_rows();
+  const int64_t high = std::min(most, cache_->total_rows() / 64), low = high / 2;
   if (cache_->free_rows() < rows + low) cache_->Reclaim(rows + high, &step->converts, sleep_);
 }
 
 void Scheduler::Admit(Sequence* sequence) {
-  if (backing_->asleep() && !sequence->admitted_before) Wake(*sequence);
   sequence->cache_id = cache_->CreateSequence(sequence->prompt());
   // Nothing from here on throws: it waits, or it runs.
   if (std::erase(preempted_, sequence) == 0) {
-    // The plan follows the queue's order, so it is its tenant's first.
-    CHECK(sequence == sequence->account->waiting.front());
-    sequence->account->waiting.pop_front();
+    std::erase(sequence->account->waiting, sequence);
   }
   --waiting_;
   sequence->computed = cache_->Length(sequence->cache_id);
@@ -336,36 +362,73 @@ void Scheduler::Admit(Sequence* sequence) {
 }
 
 // Blocks of the prompt that sleep come back behind those that are there, while rows can be had by dropping
-// others.
-void Scheduler::Wake(const Sequence& sequence) {
-  const KvPrompt prompt = sequence.prompt();
-  KvCache::Waking waking = cache_->BeginWaking(prompt);
-  struct End {
-    KvCache* cache;
-    const KvCache::Waking& waking;
-    ~End() { cache->EndWaking(waking); }
-  } const end{cache_, waking};
-  std::array<ContentId, kBlockTokens> contents;
-  while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < prompt.tokens.size()) {
-    const std::span<const KvToken> tokens = TokensOf(sequence, waking.blocks * kBlockTokens, kBlockTokens);
-    for (size_t i = 0; i < kBlockTokens; ++i) contents[i] = tokens[i].content;
-    const BlockKey key = ChildKey(waking.key, contents);
-    if (!backing_->Contains(key)) break;
-    const Result<SleepingBlock> block = backing_->Get(key);
+// others. False if more are to come, in steps to come.
+bool Scheduler::Wake(Sequence* sequence) {
+  const KvPrompt prompt = sequence->prompt();
+  if (waking_ != sequence) {
+    const KvCache::Waking awake = cache_->Awake(prompt);
+    // Where others needed the room of what had come there is no end to it.
+    if (!SleepsBehind(awake, prompt) || awake.blocks < sequence->awake_blocks) return true;
+    if (waking_ != nullptr) return false;
+    awake_ = cache_->BeginWaking(prompt);
+    waking_ = sequence;
+  }
+  FetchAhead(*sequence);
+  for (int64_t bytes = 0; SleepsBehind(awake_, prompt);) {
+    if (bytes >= kWokenBytesPerStep) return false;
+    const std::span<const KvToken> tokens = TokensOf(*sequence, awake_.blocks * kBlockTokens, kBlockTokens);
+    Result<SleepingBlock> block = backing_->Take(KeyBehind(awake_.key, tokens));
+    if (block.status().code() == Code::kUnavailable) return false;
     if (!block.ok()) {
       spdlog::warn("a sleeping block is lost: {}", block.status().message());
       break;
     }
-    if (block->contents != contents || block->position != waking.blocks * kBlockTokens) break;
-    const int rows = UnitsOf(cache_->geometry(), block->format);
-    if (!cache_->FitsWithoutCompaction(rows)) cache_->Reclaim(rows, nullptr, sleep_);
+    if (block->position != awake_.blocks * kBlockTokens) break;
+    bytes += static_cast<int64_t>(block->bytes.size());
+    const Format format = block->format;
+    const int rows = UnitsOf(cache_->geometry(), format);
+    while (!cache_->FitsWithoutCompaction(rows)) {  // others may lie between the rows that are free
+      const int64_t free = cache_->free_rows();
+      if (cache_->Reclaim(free + 1, nullptr, sleep_) == free) break;
+    }
     const auto fill = [&](uint32_t unit_row) {
-      const Status written = backing_->Write(unit_row, rows, *block);
+      const Status written = backing_->Write(unit_row, rows, *std::move(block));
       if (!written.ok()) spdlog::warn("a sleeping block is lost: {}", written.message());
       return written.ok();
     };
-    if (!cache_->Wake(block->format, tokens, fill, &waking)) break;
+    if (!cache_->Wake(format, tokens, fill, &awake_)) break;
   }
+  StopWaking();
+  return true;
+}
+
+// What woke is like any other block now.
+void Scheduler::StopWaking() {
+  waking_->awake_blocks = awake_.blocks;
+  waking_ = nullptr;
+  cache_->EndWaking();
+}
+
+// Whether the block behind those that are awake sleeps.
+bool Scheduler::SleepsBehind(const KvCache::Waking& awake, const KvPrompt& prompt) const {
+  const auto begin = static_cast<size_t>(awake.blocks) * kBlockTokens;
+  return begin + kBlockTokens < prompt.tokens.size() &&
+         backing_->Contains(KeyBehind(awake.key, prompt.tokens.subspan(begin, kBlockTokens)));
+}
+
+// Asks for the next blocks behind those that are there, as far as they sleep.
+void Scheduler::FetchAhead(const Sequence& sequence) {
+  fetch_.clear();
+  BlockKey key = awake_.key;
+  for (int32_t begin = awake_.blocks * kBlockTokens;
+       fetch_.size() < kFetchedAhead &&
+       begin + kBlockTokens < static_cast<int32_t>(sequence.kv_tokens.size());
+       begin += kBlockTokens) {
+    key = KeyBehind(key, TokensOf(sequence, begin, kBlockTokens));
+    if (!backing_->Contains(key)) break;
+    fetch_.push_back(key);
+  }
+  backing_->Fetch(fetch_);
 }
 
 void Scheduler::Preempt(Sequence* sequence) {
@@ -404,14 +467,14 @@ void Scheduler::FinishStep() {
   in_step_.clear();
 }
 
-std::vector<Sequence*> Scheduler::AbortStep() {
+std::span<Sequence* const> Scheduler::AbortStep() {
   in_step_.clear();
-  const std::vector<SequenceId> ids = cache_->AbortStep();
-  std::vector<Sequence*> lost;
+  cache_->AbortStep();
+  lost_.clear();
   for (Sequence* sequence : running_) {
-    if (std::binary_search(ids.begin(), ids.end(), sequence->cache_id)) lost.push_back(sequence);
+    if (cache_->Lost(sequence->cache_id)) lost_.push_back(sequence);
   }
-  return lost;
+  return lost_;
 }
 
 void Scheduler::Compact() {

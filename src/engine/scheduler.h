@@ -9,7 +9,8 @@
 //     the first is left alone in a later plan and still does not fit, it fails.
 //  2. The rest of the step goes to the prefill of running sequences in the same order, in chunks; a chunk
 //     shrinks to what the arena takes.
-//  3. Waiting sequences are admitted by predicted bytes: by priority; those that were preempted before new
+//  3. Waiting sequences are admitted by predicted bytes, once their sleeping blocks are back, a few each step
+//     and for one sequence at a time: by priority; those that were preempted before new
 //     ones; then the API key that has been served least, and its requests in order of arrival. None overtakes
 //     one that does not fit. Nobody is admitted in a step that ran short of memory. Where nobody runs, the
 //     first is admitted whatever was predicted.
@@ -45,8 +46,8 @@ struct Tenant {
 // The tenants of a priority class.
 class TenantClass {
  public:
-  Tenant* Arrive(const std::string& name);  // of a request
-  void Leave(Tenant* tenant);               // one of its requests ended
+  Tenant* Arrive(const std::string& name, struct Sequence* sequence);  // which waits
+  void Leave(Tenant* tenant);                                          // one of its requests ended
   const std::map<std::string, Tenant, std::less<>>& tenants() const { return tenants_; }
 
   // Tenants without requests that are remembered, those that were served most.
@@ -76,6 +77,7 @@ struct Sequence {
   Tenant* account = nullptr;    // while it is queued or runs
   int64_t predicted_rows = -1;  // unit rows that its tokens from predicted_begin on will take
   int32_t predicted_begin = 0;
+  int32_t awake_blocks = 0;  // of the prompt, when its waking was interrupted
 
   int32_t pending() const { return static_cast<int32_t>(kv_tokens.size()) - computed; }
   KvPrompt prompt() const { return {.salt = salt, .tokens = kv_tokens, .min_format = min_format}; }
@@ -101,6 +103,7 @@ struct Plan {
   std::vector<Rows> rows;          // one that is not running is to be admitted
   std::vector<Sequence*> preempt;  // before anything else
   Sequence* fail = nullptr;        // runs, has the arena to itself and does not fit
+  bool short_of_memory = false;    // not all rows that could be used were to be had
   void Clear();
 };
 
@@ -123,11 +126,12 @@ struct Step {
 
 class Scheduler {
  public:
-  // `cache` and `backing` must outlive the scheduler.
+  // `cache` and `backing` must outlive the scheduler. Where memory is missing (std::bad_alloc), Enqueue has
+  // done nothing, MakePlan's plan is of no use, and after Commit comes AbortStep. The others need none.
   Scheduler(const SchedulerLimits& limits, KvCache* cache, KvBacking* backing);
 
   void Enqueue(Sequence* sequence);
-  // Takes a sequence out, wherever it is, and gives up its blocks. Only between steps.
+  // Takes a sequence out, wherever it is (if it is), and gives up its blocks. Only between steps.
   void Remove(Sequence* sequence);
 
   void MakePlan(Plan* plan) const;
@@ -135,9 +139,11 @@ class Scheduler {
   // next one begins with a compaction; the items are then the plan's first ones.
   void Commit(const Plan& plan, Step* step);
   // After the kernels of a step ran; or, if they failed, AbortStep: see KvCache. The latter returns the
-  // sequences whose blocks are not to be trusted, to be removed by the caller.
+  // sequences whose blocks are not to be trusted, to be removed by the caller. Valid until the next.
   void FinishStep();
-  std::vector<Sequence*> AbortStep();
+  std::span<Sequence* const> AbortStep();
+  // Who gives way before all others that run; nullptr if nobody runs.
+  Sequence* last_running() const { return running_.empty() ? nullptr : running_.back(); }
 
   bool idle() const { return running_.empty() && waiting_ == 0 && cache_->ageing() == 0; }
   int32_t running() const { return static_cast<int32_t>(running_.size()); }
@@ -145,8 +151,15 @@ class Scheduler {
   int64_t preemptions() const { return preemptions_; }
   int64_t compactions() const { return compactions_; }
 
+  // Whether the last commit only waited for sleeping blocks to come (KvBacking::WaitForFetched).
+  bool waits_for_blocks() const { return waits_for_blocks_; }
+
   // Blocks that a step re-quantizes because they grew older or exceed the budget.
   static constexpr int kConvertsPerStep = 32;
+  // Bytes of sleeping blocks that a step brings back (the last block may exceed them), and how many blocks
+  // are asked for ahead.
+  static constexpr int64_t kWokenBytesPerStep = int64_t{16} << 20;
+  static constexpr size_t kFetchedAhead = 32;
 
  private:
   int64_t RowsFor(const Sequence& sequence, int32_t count) const;
@@ -155,7 +168,10 @@ class Scheduler {
   void PlanAdmissions(int64_t available, int32_t budget, Plan* plan) const;
   bool PlanAdmission(Sequence* sequence, int64_t* available, int32_t* budget, Plan* plan) const;
   void Admit(Sequence* sequence);
-  void Wake(const Sequence& sequence);
+  bool Wake(Sequence* sequence);
+  void StopWaking();
+  bool SleepsBehind(const KvCache::Waking& awake, const KvPrompt& prompt) const;
+  void FetchAhead(const Sequence& sequence);
   void Preempt(Sequence* sequence);
   void MakeRoom(const Plan& plan, Step* step);
   bool Append(Sequence* sequence, int32_t count, Step* step);
@@ -171,8 +187,13 @@ class Scheduler {
   int32_t waiting_ = 0;
   KvAppend append_;
   std::vector<Sequence*> in_step_;
-  bool scattered_ = false;  // the last step met free rows without a long enough run
-  bool stuck_ = false;      // the last commit could append nothing
+  std::vector<Sequence*> lost_;
+  bool scattered_ = false;      // the last step met free rows without a long enough run
+  bool stuck_ = false;          // the last commit could append nothing
+  Sequence* waking_ = nullptr;  // waits while its sleeping blocks come back; those that have come are kept
+  KvCache::Waking awake_;       // its
+  bool waits_for_blocks_ = false;
+  std::vector<BlockKey> fetch_;  // scratch of FetchAhead
   int64_t preemptions_ = 0;
   int64_t compactions_ = 0;
 };

@@ -299,20 +299,22 @@ TEST(Scheduler, OneRequestAtATimeGetsNoMoreThanItsShare) {
 
 TEST(Scheduler, RemembersABoundedNumberOfTenants) {
   TenantClass tenants;
-  Tenant* stays = tenants.Arrive("stays");
+  Sequence request;
+  Tenant* stays = tenants.Arrive("stays", &request);
   for (int i = 0; i < 2000; ++i) {
-    Tenant* tenant = tenants.Arrive(std::to_string(i));
+    Tenant* tenant = tenants.Arrive(std::to_string(i), &request);
     EXPECT_EQ(tenant->served, 0);
     tenant->served += i + 1;
     tenants.Leave(tenant);
     EXPECT_LE(tenants.tenants().size(), TenantClass::kRemembered + 1);
   }
-  EXPECT_EQ(tenants.Arrive("1999")->served, 2000) << "who was served most is remembered";
-  EXPECT_EQ(tenants.Arrive("5")->served, 0);
+  EXPECT_EQ(tenants.Arrive("1999", &request)->served, 2000) << "who was served most is remembered";
+  EXPECT_EQ(tenants.Arrive("5", &request)->served, 0);
   stays->served = 1e6;
   tenants.Leave(stays);
-  tenants.Leave(tenants.Arrive("5"));
-  EXPECT_EQ(tenants.Arrive("new")->served, 0) << "level with the least served of those that are there";
+  tenants.Leave(tenants.Arrive("5", &request));
+  EXPECT_EQ(tenants.Arrive("new", &request)->served, 0)
+      << "level with the least served of those that are there";
 }
 
 // The smallest arena in which a request runs, and one that is a unit smaller.

@@ -9,22 +9,40 @@
 
 #include "base/check.h"
 #include "base/checked_math.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 
 UnitAllocator::UnitAllocator(int64_t total_rows) : total_(total_rows) {
   CHECK(total_rows >= 0 && total_rows <= kMaxRows);
+  Reserve(0);
   Reset(0, total_rows);
 }
 
-void UnitAllocator::Insert(uint32_t row, uint32_t length) {
-  by_row_.emplace(row, length);
-  by_length_.emplace(length, row);
+void UnitAllocator::Reserve(size_t allocations) {
+  const size_t runs = allocations_ + allocations + 1;
+  ReserveAtLeast(&spares_, runs);
+  while (by_row_.size() + spares_.size() < runs) {
+    ByRow row{{0, 0}};
+    ByLength length{{0, 0}};
+    spares_.push_back({row.extract(row.begin()), length.extract(length.begin())});
+  }
 }
 
-void UnitAllocator::Erase(std::map<uint32_t, uint32_t>::iterator run) {
-  by_length_.erase({run->second, run->first});
-  by_row_.erase(run);
+void UnitAllocator::Insert(uint32_t row, uint32_t length) {
+  CHECK(!spares_.empty());
+  Spare& spare = spares_.back();
+  spare.by_row.key() = row;
+  spare.by_row.mapped() = length;
+  spare.by_length.value() = {length, row};
+  by_row_.insert(std::move(spare.by_row));
+  by_length_.insert(std::move(spare.by_length));
+  spares_.pop_back();
+}
+
+void UnitAllocator::Erase(ByRow::iterator run) {
+  ByLength::node_type by_length = by_length_.extract({run->second, run->first});
+  spares_.push_back({by_row_.extract(run), std::move(by_length)});
 }
 
 std::optional<uint32_t> UnitAllocator::Allocate(int rows, bool from_top) {
@@ -32,6 +50,8 @@ std::optional<uint32_t> UnitAllocator::Allocate(int rows, bool from_top) {
   const uint32_t wanted = static_cast<uint32_t>(rows);
   auto fit = by_length_.lower_bound({wanted, 0});
   if (fit == by_length_.end()) return std::nullopt;
+  Reserve(1);
+  ++allocations_;
   // Among runs of one length the small take the lowest, the large the highest.
   if (from_top) fit = std::prev(by_length_.upper_bound({fit->first, UINT32_MAX}));
   const auto [length, row] = *fit;
@@ -43,6 +63,12 @@ std::optional<uint32_t> UnitAllocator::Allocate(int rows, bool from_top) {
 }
 
 void UnitAllocator::Free(uint32_t row, int rows) {
+  CHECK(allocations_ > 0);
+  FreeEnd(row, rows);
+  --allocations_;
+}
+
+void UnitAllocator::FreeEnd(uint32_t row, int rows) {
   CHECK(rows > 0 && int64_t{row} + rows <= total_);
   uint32_t length = static_cast<uint32_t>(rows);
   auto next = by_row_.lower_bound(row);
@@ -66,8 +92,7 @@ void UnitAllocator::Free(uint32_t row, int rows) {
 
 void UnitAllocator::Reset(uint32_t free_row, int64_t free_rows) {
   CHECK(free_rows >= 0 && free_row + free_rows <= total_);
-  by_row_.clear();
-  by_length_.clear();
+  while (!by_row_.empty()) Erase(by_row_.begin());
   free_ = free_rows;
   if (free_rows > 0) Insert(free_row, static_cast<uint32_t>(free_rows));
 }

@@ -8,6 +8,8 @@
 #include <optional>
 #include <set>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "base/status.h"
 #include "kv/format.h"
@@ -15,17 +17,21 @@
 namespace triaxial {
 
 // Runs of unit rows in [0, total). Best fit with coalescing; large (BF16) runs are cut from the top of a run
-// and the small ones from its bottom, so that they do not cut each other's space.
+// and the small ones from its bottom, so that they do not cut each other's space. Only Reserve, and Allocate
+// beyond what was reserved, ask the machine for memory.
 class UnitAllocator {
  public:
   explicit UnitAllocator(int64_t total_rows);  // at most kMaxRows (CHECK)
+  // Memory to keep books of so many allocations more.
+  void Reserve(size_t allocations);
   // First row of a free run of `rows`, or nullopt if no run is long enough (free_rows() may still be larger:
   // compact).
   std::optional<uint32_t> Allocate(int rows, bool from_top);
-  // Returns rows that were allocated; a part of an allocation may be returned alone. Rows that are free
-  // already are a CHECK.
+  // Returns an allocation, or what FreeEnd left of it. Rows that are free already are a CHECK.
   void Free(uint32_t row, int rows);
-  // Starts over with one free run.
+  // Returns the last `rows` of an allocation, from `row` on; it keeps the others.
+  void FreeEnd(uint32_t row, int rows);
+  // Slides all allocations away from one free run.
   void Reset(uint32_t free_row, int64_t free_rows);
   int64_t total_rows() const { return total_; }
   int64_t free_rows() const { return free_; }
@@ -35,13 +41,22 @@ class UnitAllocator {
   static constexpr int64_t kMaxRows = UINT32_MAX;
 
  private:
+  using ByRow = std::map<uint32_t, uint32_t>;
+  using ByLength = std::set<std::pair<uint32_t, uint32_t>>;
+  struct Spare {
+    ByRow::node_type by_row;
+    ByLength::node_type by_length;
+  };
+
   void Insert(uint32_t row, uint32_t length);
-  void Erase(std::map<uint32_t, uint32_t>::iterator run);
+  void Erase(ByRow::iterator run);
 
   int64_t total_;
   int64_t free_ = 0;
-  std::map<uint32_t, uint32_t> by_row_;                // free runs: row -> length
-  std::set<std::pair<uint32_t, uint32_t>> by_length_;  // the same: (length, row)
+  size_t allocations_ = 0;
+  ByRow by_row_;               // free runs: row -> length
+  ByLength by_length_;         // the same: (length, row)
+  std::vector<Spare> spares_;  // for runs to come: there is at most one more than allocations
 };
 
 // The memory behind the rows, wherever a model keeps its cache. Everything here waits for what the model has

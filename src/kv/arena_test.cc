@@ -27,7 +27,7 @@ TEST(UnitAllocatorTest, SmallFromTheBottomLargeFromTheTop) {
 
 TEST(UnitAllocatorTest, TakesTheTightestRun) {
   UnitAllocator allocator(100);
-  ASSERT_EQ(allocator.Allocate(100, false), 0u);
+  for (const int rows : {30, 10, 12, 8, 10, 10, 12, 8}) ASSERT_TRUE(allocator.Allocate(rows, false));
   allocator.Free(0, 30);
   allocator.Free(40, 12);
   allocator.Free(60, 10);
@@ -47,6 +47,20 @@ TEST(UnitAllocatorTest, FreeRunsCoalesceOnBothSides) {
   allocator.Free(10, 10);
   EXPECT_EQ(allocator.largest_run(), 30);
   EXPECT_EQ(allocator.free_runs().size(), 1u);
+}
+
+TEST(UnitAllocatorTest, TheEndOfAnAllocationMayGoAlone) {
+  UnitAllocator allocator(30);
+  ASSERT_EQ(allocator.Allocate(20, false), 0u);
+  ASSERT_EQ(allocator.Allocate(10, false), 20u);
+  allocator.FreeEnd(15, 5);
+  EXPECT_EQ(allocator.free_rows(), 5);
+  allocator.FreeEnd(25, 5);
+  EXPECT_EQ(allocator.free_runs().size(), 2u);
+  allocator.Free(0, 15);
+  EXPECT_EQ(allocator.largest_run(), 20);
+  allocator.Free(20, 5);
+  EXPECT_EQ(allocator.largest_run(), 30);
 }
 
 TEST(UnitAllocatorTest, AgreesWithABitmap) {
@@ -89,7 +103,7 @@ TEST(UnitAllocatorTest, AgreesWithABitmap) {
 
 TEST(UnitAllocatorDeathTest, FreeingTwiceIsOurBug) {
   UnitAllocator allocator(30);
-  ASSERT_EQ(allocator.Allocate(20, false), 0u);
+  for (const int rows : {5, 5, 10}) ASSERT_TRUE(allocator.Allocate(rows, false));
   allocator.Free(5, 5);
   EXPECT_DEATH(allocator.Free(9, 2), "row");
   EXPECT_DEATH(allocator.Free(4, 2), "length");

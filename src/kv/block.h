@@ -55,9 +55,7 @@ struct KvBlock {
   // The cache's own:
   bool in_use = false;  // false: a free slot
   bool ages = false;    // waits to be re-quantized
-  double slope = -1;    // key among the blocks that may be demoted; < 0: not among them
   int slack = 0;        // unit rows that can be had of it: all if nobody needs it, else those above its floor
-  double value = -1;    // likewise among those that may be dropped
   double last_value = 0;     // what it was worth when its last user left
   int64_t convert_step = 0;  // in which it was last re-quantized,
   size_t convert_index = 0;  // and the place of that conversion in the step's list

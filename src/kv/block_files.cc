@@ -17,6 +17,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 namespace {
@@ -207,14 +208,15 @@ Fd BlockFiles::OpenFile(uint64_t number, int64_t* size) const {
 }
 
 void BlockFiles::Insert(const BlockKey& key, const Place& place) {
+  std::vector<BlockKey>& keys = files_.at(place.file).keys;
+  ReserveAtLeast(&keys, keys.size() + 1);
   const auto [entry, is_new] = index_.try_emplace(key, place);
   if (!is_new) {
     --files_.at(entry->second.file).alive;
     entry->second = place;
   }
-  File& file = files_.at(place.file);
-  ++file.alive;
-  file.keys.push_back(key);
+  ++files_.at(place.file).alive;
+  keys.push_back(key);
 }
 
 bool BlockFiles::Contains(const Record& record) const {

@@ -34,6 +34,10 @@ class BlockFiles {
                                                   const Sha256Digest& fingerprint);
 
   bool Contains(const BlockKey& key) const { return index_.contains(key); }
+  template <typename Fn>
+  void ForEachKey(const Fn& fn) const {
+    for (const auto& [key, place] : index_) fn(key);
+  }
   // True if this very record is there.
   bool Contains(const Record& record) const;
   // Counts as a use of the block. Unknown keys do nothing, here and in Erase.

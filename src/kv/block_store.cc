@@ -22,6 +22,19 @@ class TieredStore : public BlockStore {
     return host_.Contains(key) || (files_ != nullptr && files_->Contains(key));
   }
 
+  std::vector<BlockKey> Keys() const override {
+    std::vector<BlockKey> keys;
+    for (const Record& record : host_.order()) keys.push_back(record.key);
+    if (files_ != nullptr) {
+      files_->ForEachKey([&](const BlockKey& key) {
+        if (!host_.Contains(key)) keys.push_back(key);
+      });
+    }
+    return keys;
+  }
+
+  std::vector<BlockKey> TakeGone() override { return std::exchange(gone_, {}); }
+
   bool Put(const SleepingBlock& block) override {
     CHECK(block.key == ChildKey(block.parent, block.contents));
     std::optional<Record> record = EncodeRecord(block);
@@ -106,19 +119,25 @@ class TieredStore : public BlockStore {
     }
     if (files_ != nullptr && AppendToFile(record)) return true;
     ++dropped_;
+    gone_.push_back(record.key);
     return false;
   }
 
   bool AppendToFile(const Record& record) {
     std::vector<BlockKey> gone;
     const bool appended = files_->Append(record, &gone);
-    for (const BlockKey& key : gone) dropped_ += host_.Contains(key) ? 0 : 1;
+    for (const BlockKey& key : gone) {
+      if (host_.Contains(key)) continue;
+      ++dropped_;
+      gone_.push_back(key);
+    }
     return appended;
   }
 
   const int64_t host_bytes_;
   const std::unique_ptr<BlockFiles> files_;  // none without a folder
   HostBlocks host_;
+  std::vector<BlockKey> gone_;
   int64_t stored_ = 0;
   int64_t woken_ = 0;
   int64_t dropped_ = 0;

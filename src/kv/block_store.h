@@ -1,7 +1,7 @@
 // Where blocks sleep: complete blocks that no running request uses, as stored in the arena (codes and
 // metadata, about 3 bits an element), checksummed, first in a bounded host area, then in files. They come
-// back bit for bit, also in a later run of the server. One thread (the engine's) uses it; there are no
-// others.
+// back bit for bit, also in a later run of the server. One thread uses it, in a server that of
+// kv/store_thread.h.
 //
 // What waits for the disk: Put writes what the host area has no room for (into the page cache, as long as
 // that keeps up), Get reads what is not in the host area, Save writes and syncs everything, Open reads about
@@ -62,6 +62,10 @@ class BlockStore {
 
   // True if Get may succeed. Reads nothing from disk.
   virtual bool Contains(const BlockKey& key) const = 0;
+  // All of those.
+  virtual std::vector<BlockKey> Keys() const = 0;
+  // Those that went since the last call, other than by a Get or Put of the same key that said so.
+  virtual std::vector<BlockKey> TakeGone() = 0;
   // Takes a copy. The least recently used blocks move on to disk, and from there out (a whole file of them at
   // once), to make room; false if the block fits nowhere. A key that is there already is replaced; a block
   // that is on disk already, bit for bit, is not written again. A file that cannot be written drops its

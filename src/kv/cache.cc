@@ -6,9 +6,12 @@
 
 #include "base/check.h"
 #include "base/checked_math.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 namespace {
+
+constexpr size_t kChangesRemembered = 16;  // of a block
 
 size_t Index(Format format) { return static_cast<size_t>(format); }
 
@@ -40,11 +43,25 @@ void KvCache::CountBlock(const KvBlock& b, int sign) {
   usage_.tail_bytes += sign * bytes;
 }
 
-BlockId KvCache::NewBlock(Format format, int capacity, uint32_t unit_row, int32_t position) {
-  if (free_blocks_.empty()) {
+// For `more` blocks besides those in use, and for whatever becomes of any block: that it is held once,
+// listed, found, freed.
+void KvCache::ReserveBlocks(size_t more) {
+  const size_t blocks = blocks_.size() - free_blocks_.size() + more;
+  ReserveAtLeast(&blocks_, blocks);
+  ReserveAtLeast(&free_blocks_, blocks);
+  ReserveAtLeast(&freed_in_step_, freed_in_step_.size() + blocks);
+  demotable_.Reserve(blocks);
+  evictable_.Reserve(blocks);
+  tree_.Reserve(blocks);
+  while (blocks_.size() < blocks) {
+    KvBlock b;
+    b.holders.reserve(1);
     free_blocks_.push_back(static_cast<BlockId>(blocks_.size()));
-    blocks_.emplace_back();
+    blocks_.push_back(std::move(b));
   }
+}
+
+BlockId KvCache::NewBlock(Format format, int capacity, uint32_t unit_row, int32_t position) {
   const BlockId id = free_blocks_.back();
   free_blocks_.pop_back();
   KvBlock& b = block(id);
@@ -69,7 +86,10 @@ void KvCache::FreeBlock(BlockId id, bool in_step) {
   } else {
     allocator_.Free(b.unit_row, Units(b));
   }
-  b = {};
+  KvBlock empty;
+  empty.holders.swap(b.holders);  // its memory stays
+  empty.holders.clear();
+  b = std::move(empty);
   free_blocks_.push_back(id);
 }
 
@@ -85,6 +105,7 @@ Format KvCache::FormatOfBlock(const Sequence& sequence, const KvBlock* tail, siz
 void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens) const {
   Plan& plan = plan_;
   plan.conversions.clear();
+  plan.wishes.clear();
   plan.fills.clear();
   plan.rows = 0;
   plan.settled = sequence.settled;
@@ -98,7 +119,9 @@ void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens
     if (!left_window(b.position + kBlockTokens, sequence.length)) break;
     if (needs_.recent_window == 0 || b.format != Format::kBf16 || b.users > 1) continue;
     const Format wish = std::max(Choose(needs_, b.need, geometry_, price_), sequence.min_format);
-    if (wish != Format::kBf16) plan.conversions.emplace_back(id, wish);
+    if (wish == Format::kBf16) continue;
+    plan.conversions.push_back(id);
+    plan.wishes.push_back(wish);
   }
 
   const int64_t length = sequence.length + static_cast<int64_t>(tokens.size());
@@ -133,6 +156,20 @@ void KvCache::MakePlan(const Sequence& sequence, std::span<const KvToken> tokens
 int64_t KvCache::RowsToAppend(SequenceId id, std::span<const KvToken> tokens) const {
   MakePlan(Find(id), tokens);
   return plan_.rows;
+}
+
+// All that carrying out plan_, and then FinishStep, may need.
+void KvCache::ReservePlan(Sequence* sequence, KvAppend* append) {
+  const size_t fills = plan_.fills.size();
+  ReserveBlocks(fills + 1);  // one more for the place that a tail leaves
+  allocator_.Reserve(fills);
+  ReserveAtLeast(&rows_, fills);
+  ReserveAtLeast(&append->stores, fills);
+  ReserveChanges(plan_.conversions, &append->converts);
+  ReserveAtLeast(&in_step_, in_step_.size() + 1);
+  const size_t blocks = sequence->blocks.size() + sequence->ahead.size() + fills;
+  ReserveAtLeast(&sequence->blocks, blocks);
+  ReserveAtLeast(&sequence->view, blocks + 1);
 }
 
 // Takes the rows of plan_, all or none.
@@ -170,12 +207,13 @@ Status KvCache::Append(SequenceId id, std::span<const KvToken> tokens, KvAppend*
   CHECK(sequence.last_step != step_);
   CHECK(tokens.size() <= static_cast<size_t>(NextStop(id)));
   MakePlan(sequence, tokens);
+  ReservePlan(&sequence, append);
   RETURN_IF_ERROR(AllocatePlan(tokens.size()));
   sequence.last_step = step_;
   in_step_.push_back(id);
 
-  for (const auto& [b, format] : plan_.conversions) {
-    ChangeFormat(b, format, Cause::kWindow, &append->converts);
+  for (size_t i = 0; i < plan_.conversions.size(); ++i) {
+    ChangeFormat(plan_.conversions[i], plan_.wishes[i], Cause::kWindow, &append->converts);
   }
   sequence.settled = plan_.settled;
   size_t taken = 0;
@@ -256,6 +294,14 @@ void KvCache::Extend(SequenceId id, Sequence* sequence, const Fill& fill, std::s
   complete(b);
 }
 
+void KvCache::ReserveChanges(std::span<const BlockId> ids, std::vector<KvConvert>* converts) {
+  ReserveAtLeast(converts, converts->size() + ids.size());
+  ReserveAtLeast(&converted_, converted_.size() + ids.size());
+  for (const BlockId id : ids) {
+    ReserveAtLeast(&block(id).history, std::min(block(id).history.size() + 1, kChangesRemembered));
+  }
+}
+
 // In place. The rows that it leaves can be used at once: converts run before stores.
 void KvCache::ChangeFormat(BlockId id, Format to, Cause cause, std::vector<KvConvert>* converts) {
   Unlist(id);
@@ -270,21 +316,15 @@ void KvCache::ChangeFormat(BlockId id, Format to, Cause cause, std::vector<KvCon
     converts->push_back({.from_row = b.unit_row, .to_row = b.unit_row, .from = from, .to = to});
     converted_.push_back(id);
   }
-  std::vector<SequenceId> shown;
-  for (const SequenceId holder : b.holders) {
-    Sequence& sequence = Find(holder);
-    if (RemoveFromView(&sequence, b)) shown.push_back(holder);
-  }
   CountBlock(b, -1);
   const int left = Units(from) - Units(to);
-  allocator_.Free(b.unit_row + static_cast<uint32_t>(Units(to)), left);
+  allocator_.FreeEnd(b.unit_row + static_cast<uint32_t>(Units(to)), left);
   if (b.users == 0) cached_rows_ -= left;
   b.format = to;
   CountBlock(b, 1);
-  for (const SequenceId holder : shown) AddToView(&Find(holder), b);
+  for (const SequenceId holder : b.holders) MoveInView(&Find(holder), b.unit_row, from, to);
   ++demotions_[Index(from)][Index(to)][static_cast<size_t>(cause)];
-  constexpr size_t kRemembered = 16;
-  if (b.history.size() == kRemembered) b.history.erase(b.history.begin());
+  if (b.history.size() == kChangesRemembered) b.history.erase(b.history.begin());
   b.history.push_back({from, to, cause, price_, step_});
   Reorder(id);
 }
@@ -306,23 +346,23 @@ void KvCache::FinishStep() {
   ++step_;
 }
 
-std::vector<SequenceId> KvCache::AbortStep() {
-  std::vector<SequenceId> lost = in_step_;
+void KvCache::AbortStep() {
+  const auto lose = [this](SequenceId id) {
+    const auto found = sequences_.find(id);
+    if (found != sequences_.end()) found->second.lost = true;
+  };
+  for (const SequenceId id : in_step_) lose(id);
   for (const BlockId id : converted_) {
     KvBlock& b = block(id);
     if (!b.in_use || b.convert_step != step_) continue;  // dropped since, and perhaps another by now
     if (b.node != kNoNode) tree_.Hide(b.node);
-    lost.insert(lost.end(), b.holders.begin(), b.holders.end());
+    for (const SequenceId holder : b.holders) lose(holder);
   }
-  std::sort(lost.begin(), lost.end());
-  lost.erase(std::unique(lost.begin(), lost.end()), lost.end());
-  std::erase_if(lost, [this](SequenceId id) { return !sequences_.contains(id); });
   for (const auto& [row, rows] : freed_in_step_) allocator_.Free(row, rows);
   freed_in_step_.clear();
   in_step_.clear();
   converted_.clear();
   ++step_;
-  return lost;
 }
 
 // Puts a complete block behind those of its format.
@@ -334,14 +374,17 @@ void KvCache::AddToView(Sequence* sequence, const KvBlock& b) const {
   ++sequence->in_view[Index(b.format)];
 }
 
-// False if the view does not show it: it is matched and the sequence has not got there.
-bool KvCache::RemoveFromView(Sequence* sequence, const KvBlock& b) const {
+// Nothing if the view does not show it: it is matched and the sequence has not got there.
+void KvCache::MoveInView(Sequence* sequence, uint32_t unit_row, Format from, Format to) const {
   const auto found = std::find_if(sequence->view.begin(), sequence->view.end(),
-                                  [&](const KvBlockRef& ref) { return ref.unit_row == b.unit_row; });
-  if (found == sequence->view.end()) return false;
-  sequence->view.erase(found);
-  --sequence->in_view[Index(b.format)];
-  return true;
+                                  [&](const KvBlockRef& ref) { return ref.unit_row == unit_row; });
+  if (found == sequence->view.end()) return;
+  std::ptrdiff_t place = 0;
+  for (size_t f = 0; f <= Index(to); ++f) place += sequence->in_view[f];
+  found->format = to;
+  std::rotate(sequence->view.begin() + place, found, found + 1);
+  --sequence->in_view[Index(from)];
+  ++sequence->in_view[Index(to)];
 }
 
 // Brings the view up to the table: the blocks completed since, and the tail as it is now.
@@ -364,8 +407,7 @@ std::vector<const KvBlock*> KvCache::Blocks(SequenceId id) const {
   const Sequence& sequence = Find(id);
   std::vector<const KvBlock*> blocks;
   blocks.reserve(sequence.blocks.size() + 1);
-  for (const BlockId b : sequence.blocks) blocks.push_back(&block(b));
-  if (sequence.tail != kNoBlock) blocks.push_back(&block(sequence.tail));
+  ForEachBlock(id, [&](const KvBlock& b) { blocks.push_back(&b); });
   return blocks;
 }
 
@@ -428,13 +470,13 @@ void KvCache::Compact(const std::function<void(uint32_t from_row, uint32_t to_ro
 
 KvUsage KvCache::Usage(SequenceId id) const {
   KvUsage usage;
-  for (const KvBlock* b : Blocks(id)) {
-    usage.tokens[Index(b->format)] += b->tokens;
-    usage.bytes[Index(b->format)] += Bytes(*b);
-    if (b->complete()) continue;
-    usage.tail_tokens += b->tokens;
-    usage.tail_bytes += Bytes(*b);
-  }
+  ForEachBlock(id, [&](const KvBlock& b) {
+    usage.tokens[Index(b.format)] += b.tokens;
+    usage.bytes[Index(b.format)] += Bytes(b);
+    if (b.complete()) return;
+    usage.tail_tokens += b.tokens;
+    usage.tail_bytes += Bytes(b);
+  });
   return usage;
 }
 

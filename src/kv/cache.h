@@ -9,22 +9,26 @@
 //
 // Complete blocks of shared sequences are known by what they hold (kv/prefix_tree.h). A block that no
 // sequence uses any more stays, until its rows are needed.
+//
+// What changes the cache asks for the memory of its books first. Where the machine refuses it
+// (std::bad_alloc) nothing has changed, except that Reclaim, AgeBlocks and KeepBudget may have done a part of
+// their work. FreeSequence, FinishStep, AbortStep, EndWaking and DropCached need none.
 #ifndef TRIAXIAL_KV_CACHE_H_
 #define TRIAXIAL_KV_CACHE_H_
 
 #include <array>
 #include <cstdint>
 #include <functional>
-#include <set>
+#include <map>
 #include <span>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "base/status.h"
 #include "kv/arena.h"
 #include "kv/block.h"
+#include "kv/block_heap.h"
 #include "kv/format.h"
 #include "kv/need.h"
 #include "kv/prefix_tree.h"
@@ -84,15 +88,23 @@ class KvCache {
   // Call once after the kernels of a step ran. Completed blocks can be found from now on.
   void FinishStep();
   // Instead, if they failed: what the step wrote is not to be trusted. Nobody will find those blocks; the
-  // sequences that hold them, to be freed by the caller, are returned.
-  std::vector<SequenceId> AbortStep();
+  // sequences that hold them are Lost, to be freed by the caller.
+  void AbortStep();
+  bool Lost(SequenceId id) const { return Find(id).lost; }
 
   // The sequence's blocks sorted by format (tail last among bf16), without what the current step appends but
-  // with its conversions. Valid until any other call that changes the cache.
+  // with its conversions. Valid until the cache changes, but for appends to other sequences.
   std::span<const KvBlockRef> View(SequenceId id) const;
   int32_t Length(SequenceId id) const;
   // Its blocks in order of position, the tail last; the step's appends included. Valid until the next change.
   std::vector<const KvBlock*> Blocks(SequenceId id) const;
+  // The same for each of them: fn(const KvBlock&).
+  template <typename Fn>
+  void ForEachBlock(SequenceId id, const Fn& fn) const {
+    const Sequence& sequence = Find(id);
+    for (const BlockId b : sequence.blocks) fn(block(b));
+    if (sequence.tail != kNoBlock) fn(block(sequence.tail));
+  }
 
   // The same as handles, and the block behind one: nullptr once it is gone.
   std::vector<BlockHandle> Handles(SequenceId id) const;
@@ -123,19 +135,21 @@ class KvCache {
   // Puts all blocks that nobody uses to rest; they stay.
   void SleepAll(const Sleep& sleep);
 
-  // For blocks that come back. The deepest node of the longest run of cached blocks of a prompt (pinned, to
-  // be unpinned by the caller), the number of its blocks, and the node's key.
+  // For blocks that come back: the longest run of cached blocks that a prompt begins with, and the key of the
+  // last of them (of the salt, if there is none).
   struct Waking {
     NodeId node = kNoNode;
     int32_t blocks = 0;
     BlockKey key;
   };
+  Waking Awake(const KvPrompt& prompt);
+  // The same, and the run stays until EndWaking. One at a time (CHECK).
   Waking BeginWaking(const KvPrompt& prompt);
   // Adds a block behind waking->node and moves on, if a run of rows is free and `fill` could bring its bytes
   // there; else false, and nothing changed.
   bool Wake(Format format, std::span<const KvToken> tokens,
             const std::function<bool(uint32_t unit_row)>& fill, Waking* waking);
-  void EndWaking(const Waking& waking);
+  void EndWaking();
 
   // True if appends that take `rows` in all fit, after compaction at the latest.
   bool Fits(int64_t rows) const { return rows <= allocator_.free_rows(); }
@@ -178,6 +192,7 @@ class KvCache {
     size_t entered = 0;                       // blocks before this one are in the tree
     size_t settled = 0;                       // blocks before this one have left the recent window
     int64_t last_step = 0;                    // in which it was appended to
+    bool lost = false;                        // holds blocks that are not to be trusted
     std::vector<KvBlockRef> view;             // complete blocks by format, then the tail
     std::array<int32_t, kFormats> in_view{};  // complete blocks of each format in `view`
     size_t viewed = 0;                        // complete blocks in `view`: the first so many of `blocks`
@@ -193,7 +208,8 @@ class KvCache {
     bool completes() const { return from_tail + rows == kBlockTokens; }
   };
   struct Plan {
-    std::vector<std::pair<BlockId, Format>> conversions;
+    std::vector<BlockId> conversions;
+    std::vector<Format> wishes;  // of those
     std::vector<Fill> fills;
     size_t settled = 0;
     int64_t rows = 0;  // to allocate
@@ -211,15 +227,18 @@ class KvCache {
   Format FormatOfBlock(const Sequence& sequence, const KvBlock* tail, size_t from_tail,
                        std::span<const KvToken> rows, int64_t position) const;
   void MakePlan(const Sequence& sequence, std::span<const KvToken> tokens) const;  // into plan_
-  Status AllocatePlan(size_t tokens);                                              // into rows_
+  void ReservePlan(Sequence* sequence, KvAppend* append);
+  Status AllocatePlan(size_t tokens);  // into rows_
   void Extend(SequenceId id, Sequence* sequence, const Fill& fill, std::span<const KvToken> tokens,
               uint32_t row, KvStore* store);
+  void ReserveBlocks(size_t more);
   BlockId NewBlock(Format format, int capacity, uint32_t unit_row, int32_t position);
   void FreeBlock(BlockId id, bool in_step);
   void CountBlock(const KvBlock& b, int sign);
+  void ReserveChanges(std::span<const BlockId> ids, std::vector<KvConvert>* converts);
   void ChangeFormat(BlockId id, Format to, Cause cause, std::vector<KvConvert>* converts);
   void AddToView(Sequence* sequence, const KvBlock& block) const;
-  bool RemoveFromView(Sequence* sequence, const KvBlock& block) const;
+  void MoveInView(Sequence* sequence, uint32_t unit_row, Format from, Format to) const;
   void RefreshView(Sequence* sequence) const;
 
   // cache_reuse.cc
@@ -233,6 +252,7 @@ class KvCache {
   void Adopt(Sequence* sequence);
   void MeetNeed(const Sequence& sequence, BlockId b, std::span<const KvToken> tokens);
   void EnterTree(SequenceId id, Sequence* sequence);
+  bool ReserveHolder(BlockId b);
 
   // cache_reclaim.cc
   void Reorder(BlockId id);  // its places among the blocks to demote and to drop
@@ -254,7 +274,7 @@ class KvCache {
   PrefixTree tree_;
   std::vector<KvBlock> blocks_;
   std::vector<BlockId> free_blocks_;
-  std::unordered_map<SequenceId, Sequence> sequences_;
+  std::map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 1;
   int64_t next_serial_ = 1;
 
@@ -263,10 +283,11 @@ class KvCache {
   std::vector<std::pair<uint32_t, int>> freed_in_step_;  // (row, rows)
   std::vector<BlockId> converted_;                       // in this step
 
-  std::set<std::pair<double, BlockId>> demotable_;  // by loss per byte of the next step down
-  std::set<std::pair<double, BlockId>> evictable_;  // by value
+  BlockHeap demotable_;          // by loss per byte of the next step down
+  BlockHeap evictable_;          // by value
   std::vector<BlockId> ageing_;  // deserve less since they were matched; may hold stale ids
   double price_ = 0;
+  NodeId waking_ = kNoNode;
   double clock_ = 0;  // what a block that costs nothing would be worth now
   int64_t cached_rows_ = 0;
   int64_t cached_tokens_ = 0;

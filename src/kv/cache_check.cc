@@ -100,6 +100,7 @@ Status KvCache::CheckTree() const {
   for (const auto& [id, sequence] : sequences_) {
     if (sequence.node != kNoNode) ++pins[sequence.node];
   }
+  if (waking_ != kNoNode) ++pins[waking_];
   std::map<NodeId, int32_t> reasons = pins;
   tree_.ForEach([&](NodeId node) {
     if (!tree_.is_root(node) && block(tree_.block(node)).users > 0) ++reasons[node];
@@ -131,7 +132,8 @@ Status KvCache::CheckTree() const {
     const KvBlock& b = blocks_[i];
     const auto id = static_cast<BlockId>(i);
     if (!b.in_use) {
-      if (b.slope >= 0 || b.value >= 0 || b.node != kNoNode) return Internal("a free block is listed");
+      if (demotable_.Contains(id) || evictable_.Contains(id) || b.node != kNoNode)
+        return Internal("a free block is listed");
       continue;
     }
     if (b.node != kNoNode) --blocks_in_tree;
@@ -144,20 +146,19 @@ Status KvCache::CheckTree() const {
     if (b.node != kNoNode && !tree_.needed(b.node) && b.slack != Units(b)) {
       return Internal("block " + std::to_string(i) + " is nobody's and does not count as reclaimable");
     }
-    if (b.slope >= 0) {
+    if (demotable_.Contains(id)) {
       ++demotable;
-      if (!demotable_.contains({b.slope, id})) return Internal("a block to demote is not listed");
+      if (!needs_.priced || demotable_.key(id) != NextDemotion(needs_, b.need, geometry_, b.format).slope) {
+        return Internal("block " + std::to_string(i) + " is listed to be demoted at a wrong price");
+      }
     }
     const bool may_go = b.node != kNoNode && b.users == 0 && tree_.free_to_go(b.node);
-    if (may_go != (b.value >= 0)) {
+    if (may_go != evictable_.Contains(id)) {
       return Internal(
           "block " + std::to_string(i) +
           (may_go ? " could be dropped and is not listed" : " is listed to be dropped and is needed"));
     }
-    if (b.value >= 0) {
-      ++evictable;
-      if (!evictable_.contains({b.value, id})) return Internal("a block to drop is not listed");
-    }
+    if (may_go) ++evictable;
   }
   if (blocks_in_tree != 0) return Internal("blocks and nodes of the tree differ in number");
   if (demotable != demotable_.size())

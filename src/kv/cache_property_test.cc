@@ -15,7 +15,7 @@ namespace {
 TEST(KvCachePropertyTest, RandomOperationsKeepEveryTokenInItsPlace) {
   // TRIAXIAL_OPERATIONS=1000000 for a long run.
   const char* wanted = std::getenv("TRIAXIAL_OPERATIONS");
-  std::array<int64_t, 11> met{};
+  std::array<int64_t, 12> met{};
   const int operations = wanted != nullptr ? std::atoi(wanted) : 8000;
   for (const SimulationSetting& setting : {SimulationSetting{1, 2000, operations, false, 0, false},
                                            SimulationSetting{2, 900, operations, false, 100, false},
@@ -27,12 +27,15 @@ TEST(KvCachePropertyTest, RandomOperationsKeepEveryTokenInItsPlace) {
     Simulation s(setting);
     s.Run();
     std::printf(
-        "%5ld rows%s: %ld operations, %ld tokens, %ld found, %ld gaps, %ld aged, %ld demoted, %ld to sleep, "
+        "%5ld rows%s: %ld operations, %ld tokens, %ld found, %ld gaps, %ld aged, %ld for the budget, %ld "
+        "demoted, %ld to sleep, "
         "%ld woken, %ld refused, %ld scattered, %ld moves, %ld aborts\n",
         static_cast<long>(setting.rows), setting.priced ? ", priced" : "", s.operations, s.appended, s.found,
-        s.gaps, s.aged, s.demoted, s.evicted, s.woken, s.refused, s.fragmented, s.moved, s.aborted);
-    const std::array<int64_t, 11> run = {s.appended, s.found,   s.gaps,       s.aged,  s.demoted, s.evicted,
-                                         s.woken,    s.refused, s.fragmented, s.moved, s.aborted};
+        s.gaps, s.aged, s.within_budget, s.demoted, s.evicted, s.woken, s.refused, s.fragmented, s.moved,
+        s.aborted);
+    const std::array<int64_t, 12> run = {s.appended,      s.found,      s.gaps,    s.aged,
+                                         s.within_budget, s.demoted,    s.evicted, s.woken,
+                                         s.refused,       s.fragmented, s.moved,   s.aborted};
     for (size_t i = 0; i < met.size(); ++i) met[i] += run[i];
     if (HasFailure()) return;
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 #include "kv/cache.h"
@@ -21,12 +22,9 @@ double KvCache::ValueOf(const KvBlock& b) const {
 }
 
 void KvCache::Unlist(BlockId id) {
-  KvBlock& b = block(id);
-  if (b.slope >= 0) demotable_.erase({b.slope, id});
-  if (b.value >= 0) evictable_.erase({b.value, id});
-  slack_rows_ -= b.slack;
-  b.slope = b.value = -1;
-  b.slack = 0;
+  demotable_.Erase(id);
+  evictable_.Erase(id);
+  slack_rows_ -= std::exchange(block(id).slack, 0);
 }
 
 void KvCache::Reorder(BlockId id) {
@@ -36,23 +34,20 @@ void KvCache::Reorder(BlockId id) {
   if (needs_.priced) {
     const DemotionStep next = NextDemotion(needs_, b.need, geometry_, b.format);
     if (next.to != b.format) {
-      b.slope = next.slope;
-      demotable_.emplace(b.slope, id);
+      demotable_.Insert(next.slope, id);
       b.slack = FloorRows(b);
     }
   }
   if (b.node != kNoNode && !tree_.needed(b.node)) b.slack = Units(b);
   slack_rows_ += b.slack;
-  if (b.node != kNoNode && b.users == 0 && tree_.free_to_go(b.node)) {
-    b.value = b.last_value;
-    evictable_.emplace(b.value, id);
-  }
+  if (b.node != kNoNode && b.users == 0 && tree_.free_to_go(b.node)) evictable_.Insert(b.last_value, id);
 }
 
 bool KvCache::Demote(double limit, Cause cause, std::vector<KvConvert>* converts) {
   if (demotable_.empty()) return false;
-  const auto [slope, id] = *demotable_.begin();
+  const auto [slope, id] = demotable_.least();
   if (slope > limit) return false;
+  ReserveChanges({&id, 1}, converts);
   price_ = std::max(price_, slope);
   ChangeFormat(id, NextDemotion(needs_, block(id).need, geometry_, block(id).format).to, cause, converts);
   return true;
@@ -66,7 +61,7 @@ void KvCache::SleepBlock(const KvBlock& b, const Sleep& sleep) {
 
 bool KvCache::Evict(const Sleep& sleep) {
   if (evictable_.empty()) return false;
-  const auto [value, id] = *evictable_.begin();
+  const auto [value, id] = evictable_.least();
   KvBlock& b = block(id);
   clock_ = std::max(clock_, value);
   // Bytes that are not yet what they will be, or that are not to be trusted, are not kept.
@@ -113,6 +108,7 @@ void KvCache::AgeBlocks(int blocks, std::vector<KvConvert>* converts) {
   CHECK(in_step_.empty());
   while (blocks > 0 && !ageing_.empty()) {
     const BlockId id = ageing_.back();
+    ReserveChanges({&id, 1}, converts);
     ageing_.pop_back();
     KvBlock& b = block(id);
     if (!std::exchange(b.ages, false)) continue;  // it was dropped since

@@ -2,8 +2,10 @@
 // tree.
 #include <algorithm>
 #include <limits>
+#include <new>
 
 #include "base/check.h"
+#include "base/reserve.h"
 #include "kv/cache.h"
 
 namespace triaxial {
@@ -55,26 +57,36 @@ SequenceId KvCache::CreateSequence() {
 }
 
 SequenceId KvCache::CreateSequence(const KvPrompt& prompt) {
-  const SequenceId id = next_id_++;
-  Sequence& sequence = sequences_[id];
+  std::map<SequenceId, Sequence> created;
+  const SequenceId id = next_id_;
+  Sequence& sequence = created[id];
   sequence.min_format = prompt.min_format;
   sequence.prompt_length = static_cast<int32_t>(prompt.tokens.size());
-  NodeId node = tree_.AddRoot(prompt.salt);
-  MoveTo(&sequence, node);
   const size_t count = BlocksToMatch(prompt);
-  for (size_t b = 0; b < count; ++b) {
-    const std::span<const KvToken> tokens = BlockTokens(prompt, b);
-    node = ChildOf(node, tokens);
+  NodeId node = tree_.FindRoot(prompt.salt);
+  for (size_t b = 0; b < count && node != kNoNode; ++b) {
+    node = ChildOf(node, BlockTokens(prompt, b));
     if (node == kNoNode) break;
-    const BlockId found = tree_.block(node);
-    if (block(found).format < prompt.min_format) continue;
-    MeetNeed(sequence, found, tokens);
-    Hold(id, found);
-    sequence.ahead.push_back(found);
-    KvBlock& held = block(found);
-    if (held.ages || Choose(needs_, held.need, geometry_, price_) >= held.format) continue;
-    held.ages = true;
-    ageing_.push_back(found);
+    KvBlock& found = block(tree_.block(node));
+    if (found.format < prompt.min_format) continue;
+    ReserveAtLeast(&found.holders, found.holders.size() + 1);
+    sequence.ahead.push_back(tree_.block(node));
+  }
+  sequence.blocks.reserve(sequence.ahead.size());
+  sequence.view.reserve(sequence.ahead.size());
+  ReserveAtLeast(&ageing_, ageing_.size() + sequence.ahead.size());
+  const NodeId root = tree_.AddRoot(prompt.salt);
+  // From here on no memory is needed.
+  sequences_.insert(created.extract(id));
+  ++next_id_;
+  MoveTo(&sequence, root);
+  for (const BlockId b : sequence.ahead) {
+    KvBlock& found = block(b);
+    MeetNeed(sequence, b, BlockTokens(prompt, static_cast<size_t>(found.position) / kBlockTokens));
+    Hold(id, b);
+    if (found.ages || Choose(needs_, found.need, geometry_, price_) >= found.format) continue;
+    found.ages = true;
+    ageing_.push_back(b);
   }
   std::reverse(sequence.ahead.begin(), sequence.ahead.end());
   Adopt(&sequence);
@@ -197,7 +209,18 @@ void KvCache::Adopt(Sequence* sequence) {
   }
 }
 
-// Complete blocks become known. Where the same contents are known already, the more precise block stays.
+// False: there is no memory for one holder more.
+bool KvCache::ReserveHolder(BlockId b) {
+  try {
+    ReserveAtLeast(&block(b).holders, block(b).holders.size() + 1);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
+// Complete blocks become known. Where the same contents are known already, the more precise block stays. A
+// sequence that cannot take hold of it, for want of memory, goes on alone with its own.
 void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
   for (; sequence->entered < sequence->blocks.size(); ++sequence->entered) {
     BlockId own = sequence->blocks[sequence->entered];
@@ -216,6 +239,11 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
       CountReason(child, 1);
     } else if (const BlockId known = tree_.block(child); known != own) {
       if (block(known).format >= block(own).format) {
+        if (!ReserveHolder(known)) {
+          MoveTo(sequence, kNoNode);
+          Reorder(own);
+          continue;
+        }
         block(known).need.Merge(block(own).need);
         Hold(id, known);
         Release(id, own, /*in_step=*/false);
@@ -241,28 +269,46 @@ void KvCache::EnterTree(SequenceId id, Sequence* sequence) {
   }
 }
 
-KvCache::Waking KvCache::BeginWaking(const KvPrompt& prompt) {
-  Waking waking;
-  waking.node = tree_.AddRoot(prompt.salt);
+KvCache::Waking KvCache::Awake(const KvPrompt& prompt) {
+  Waking waking{.node = tree_.FindRoot(prompt.salt)};
+  if (waking.node == kNoNode) {
+    waking.key = RootKey(prompt.salt);
+    return waking;
+  }
   for (size_t b = 0; b < BlocksToMatch(prompt); ++b) {
     const NodeId child = ChildOf(waking.node, BlockTokens(prompt, b));
     if (child == kNoNode) break;
     waking.node = child;
     ++waking.blocks;
   }
-  Pin(waking.node);
   waking.key = tree_.Key(
       waking.node, [this](BlockId b) -> const auto& { return block(b).contents; });
   return waking;
 }
 
+KvCache::Waking KvCache::BeginWaking(const KvPrompt& prompt) {
+  CHECK(waking_ == kNoNode);
+  tree_.AddRoot(prompt.salt);
+  const Waking waking = Awake(prompt);
+  Pin(waking_ = waking.node);
+  return waking;
+}
+
 bool KvCache::Wake(Format format, std::span<const KvToken> tokens,
                    const std::function<bool(uint32_t unit_row)>& fill, Waking* waking) {
-  CHECK(tokens.size() == kBlockTokens);
+  CHECK(tokens.size() == kBlockTokens && waking->node == waking_);
+  ReserveBlocks(1);
   const std::optional<uint32_t> row =
       allocator_.Allocate(Units(format), /*from_top=*/format == Format::kBf16);
   if (!row) return false;
-  if (!fill(*row)) {
+  bool filled = false;
+  try {
+    filled = fill(*row);
+  } catch (...) {
+    allocator_.Free(*row, Units(format));
+    throw;
+  }
+  if (!filled) {
     allocator_.Free(*row, Units(format));
     return false;
   }
@@ -281,13 +327,14 @@ bool KvCache::Wake(Format format, std::span<const KvToken> tokens,
   cached_tokens_ += kBlockTokens;
   b.node = tree_.AddChild(waking->node, b.contents, id);
   Pin(b.node);
-  Unpin(std::exchange(waking->node, b.node));
+  Unpin(std::exchange(waking_, b.node));
+  waking->node = b.node;
   waking->key = tree_.Key(
       b.node, [this](BlockId known) -> const auto& { return block(known).contents; });
   ++waking->blocks;
   return true;
 }
 
-void KvCache::EndWaking(const Waking& waking) { Unpin(waking.node); }
+void KvCache::EndWaking() { Unpin(std::exchange(waking_, kNoNode)); }
 
 }  // namespace triaxial

@@ -10,8 +10,10 @@
 #include <array>
 #include <functional>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -37,6 +39,7 @@ struct ModelSequence {
   bool shares = true;
   std::vector<KvToken> tokens;  // all that it will ever have
   std::vector<Truth> truth;     // of those
+  std::vector<Truth> sums;      // of the first so many of these
   int32_t length = 0;
 };
 
@@ -63,6 +66,7 @@ inline TagNeeds NeedsFor(const SimulationSetting& setting) {
     }
   }
   needs.rest_price = 0.05;
+  needs.budget_bits = setting.priced ? 5 : 0;
   needs.sink = Format::kK4V2;
   return needs;
 }
@@ -85,7 +89,7 @@ class Simulation {
       if (Below(40) == 0) Compact();
       if (Below(400) == 0) {
         ++operations;
-        cache_.DropCached();
+        run("DropCached", [&] { cache_.DropCached(); });
       }
       Step();
       if (steps % 64 == 0) Integrity();
@@ -100,23 +104,32 @@ class Simulation {
     Integrity();
   }
 
+  // How operations of the cache are run.
+  std::function<void(const char* name, const std::function<void()>& operation)> run =
+      [](const char*, const std::function<void()>& operation) { operation(); };
   // Allocations that were made to fail until now, where a test does that.
   std::function<int64_t()> faults_so_far = [] { return int64_t{0}; };
 
   // What the run came across; a test that never meets these proves little.
   int64_t operations = 0, appended = 0, found = 0, aged = 0, demoted = 0, evicted = 0, woken = 0, refused = 0,
-          fragmented = 0, moved = 0, aborted = 0, gaps = 0;
+          fragmented = 0, moved = 0, aborted = 0, gaps = 0, within_budget = 0;
+
+  void Integrity() {
+    const Status status = cache_.CheckIntegrity();
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+
+  // What an operation that fails must leave as it was.
+  auto Figures() const {
+    return std::tuple(cache_.free_rows(), cache_.cached_rows(), cache_.cached_tokens(), cache_.Usage(),
+                      cache_.TokensByTag(), cache_.ageing());
+  }
 
  private:
   using Row = std::array<Truth, kBlockTokens>;
 
   int Below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(random_); }
   SequenceId Any() { return std::next(model_.begin(), Below(static_cast<int>(model_.size())))->first; }
-
-  void Integrity() {
-    const Status status = cache_.CheckIntegrity();
-    ASSERT_TRUE(status.ok()) << status.message();
-  }
 
   // A conversation that goes on, branches off or is new; its tokens' tags change from turn to turn.
   void Create() {
@@ -146,7 +159,10 @@ class Simulation {
     sequence.shares = Below(10) > 0;
     if (!sequence.shares) sequence.min_format = Format::kK2V2;
     Truth truth = static_cast<Truth>(sequence.salt[0]);
-    for (const KvToken& t : sequence.tokens) sequence.truth.push_back(truth = Next(truth, t.content));
+    for (const KvToken& t : sequence.tokens) {
+      sequence.truth.push_back(truth = Next(truth, t.content));
+      sequence.sums.push_back(truth + (sequence.sums.empty() ? 0 : sequence.sums.back()));
+    }
     if (known_.size() < 12) {
       known_.emplace_back(sequence.salt, sequence.tokens);
     } else {
@@ -156,7 +172,9 @@ class Simulation {
     const KvPrompt prompt{sequence.salt, sequence.tokens, sequence.min_format};
     if (sequence.shares && Below(2) == 0) Wake(sequence, prompt);
     const KvMatch match = cache_.Match(prompt);
-    const SequenceId id = sequence.shares ? cache_.CreateSequence(prompt) : cache_.CreateSequence();
+    SequenceId id = 0;
+    run("CreateSequence",
+        [&] { id = sequence.shares ? cache_.CreateSequence(prompt) : cache_.CreateSequence(); });
     sequence.length = cache_.Length(id);
     if (sequence.shares) {
       EXPECT_EQ(sequence.length, match.begin);
@@ -171,18 +189,23 @@ class Simulation {
 
   void Free(SequenceId id) {
     ++operations;
-    cache_.FreeSequence(id);
+    run("FreeSequence", [&] { cache_.FreeSequence(id); });
     model_.erase(id);
   }
 
   void Compact() {
     ++operations;
-    cache_.Compact([&](uint32_t from, uint32_t to, int rows) {
+    const auto move = [&](uint32_t from, uint32_t to, int rows) {
       ++moved;
       ASSERT_LE(int64_t{std::max(from, to)} + rows, cache_.total_rows());
-      const std::vector<Row> block(memory_.begin() + from, memory_.begin() + from + rows);
-      std::copy(block.begin(), block.end(), memory_.begin() + to);
-    });
+      const auto begin = memory_.begin() + from, end = begin + rows;
+      if (to < from) {
+        std::copy(begin, end, memory_.begin() + to);
+      } else {
+        std::copy_backward(begin, end, memory_.begin() + to + rows);
+      }
+    };
+    run("Compact", [&] { cache_.Compact(move); });
     EXPECT_TRUE(cache_.FitsWithoutCompaction(cache_.free_rows()));
     for (const auto& [id, sequence] : model_) CheckSequence(id);
   }
@@ -198,7 +221,8 @@ class Simulation {
 
   void Wake(const ModelSequence& sequence, const KvPrompt& prompt) {
     ++operations;
-    KvCache::Waking waking = cache_.BeginWaking(prompt);
+    KvCache::Waking waking;
+    run("BeginWaking", [&] { waking = cache_.BeginWaking(prompt); });
     while (static_cast<size_t>(waking.blocks + 1) * kBlockTokens < sequence.tokens.size()) {
       const auto tokens =
           std::span(sequence.tokens).subspan(static_cast<size_t>(waking.blocks) * kBlockTokens, kBlockTokens);
@@ -208,16 +232,18 @@ class Simulation {
       if (block == asleep_.end()) break;
       const auto& [format, row] = block->second;
       const int units = UnitsOf(kSimulationGeometry, format);
-      if (!cache_.FitsWithoutCompaction(units)) cache_.Reclaim(units, nullptr, {});
+      if (!cache_.FitsWithoutCompaction(units)) run("Reclaim", [&] { cache_.Reclaim(units, nullptr, {}); });
       const bool fails = Below(20) == 0;
       const auto fill = [&, format = format, row = row](uint32_t unit_row) {
         if (!fails) Write(unit_row, UnitsOf(kSimulationGeometry, format), row);
         return !fails;
       };
-      if (!cache_.Wake(format, tokens, fill, &waking)) break;
+      bool woke = false;
+      run("Wake", [&, format = format] { woke = cache_.Wake(format, tokens, fill, &waking); });
+      if (!woke) break;
       ++woken;
     }
-    cache_.EndWaking(waking);
+    run("EndWaking", [&] { cache_.EndWaking(); });
   }
 
   // One step: room is made, sequences are appended to, some are cancelled, "kernels" run or fail.
@@ -225,8 +251,16 @@ class Simulation {
     std::vector<KvConvert> converts;
     if (Below(3) == 0) {
       ++operations;
-      cache_.AgeBlocks(Below(8), &converts);
+      const int blocks = Below(8);
+      run("AgeBlocks", [&] { cache_.AgeBlocks(blocks, &converts); });
       aged += static_cast<int64_t>(converts.size());
+    }
+    if (Below(6) == 0) {
+      ++operations;
+      const int blocks = Below(8);
+      const size_t before = converts.size();
+      run("KeepBudget", [&] { cache_.KeepBudget(blocks, &converts); });
+      within_budget += static_cast<int64_t>(converts.size() - before);
     }
     if (Below(6) == 0) {
       ++operations;
@@ -234,7 +268,9 @@ class Simulation {
       const size_t before = converts.size();
       const int64_t could = cache_.free_rows() + cache_.ReclaimableRows();
       const bool converts_too = Below(4) != 0;
-      const int64_t free = cache_.Reclaim(wanted, converts_too ? &converts : nullptr, Sleep());
+      const KvCache::Sleep sleep = Sleep();
+      int64_t free = 0;
+      run("Reclaim", [&] { free = cache_.Reclaim(wanted, converts_too ? &converts : nullptr, sleep); });
       EXPECT_EQ(free, cache_.free_rows());
       EXPECT_LE(free, could);
       if (converts_too) {
@@ -262,7 +298,8 @@ class Simulation {
       const bool surely_fits = cache_.FitsWithoutCompaction(rows), fits = cache_.Fits(rows);
       KvAppend append;
       const int64_t faults = faults_so_far();
-      const Status status = cache_.Append(id, tokens, &append);
+      Status status;
+      run("Append", [&] { status = cache_.Append(id, tokens, &append); });
       if (!status.ok()) {
         EXPECT_EQ(status.code(), Code::kResourceExhausted);
         EXPECT_FALSE(surely_fits && faults_so_far() == faults);
@@ -298,7 +335,7 @@ class Simulation {
       return (a.first.tail_row * 2654435761u ^ salt) < (b.first.tail_row * 2654435761u ^ salt);
     });
     for (const auto& [store, truth] : stores) Execute(store, truth);
-    cache_.FinishStep();
+    run("FinishStep", [&] { cache_.FinishStep(); });
     for (auto& [id, sequence] : model_) {
       if (!before.contains(id)) continue;
       EXPECT_GE(cache_.Length(id), sequence.length);
@@ -313,19 +350,26 @@ class Simulation {
   // The kernels may have done anything to what this step converts and writes.
   void Abort() {
     ++aborted;
-    for (const SequenceId id : cache_.AbortStep()) Free(id);
+    run("AbortStep", [&] { cache_.AbortStep(); });
+    std::vector<SequenceId> lost;
+    for (const auto& [id, sequence] : model_) {
+      if (cache_.Lost(id)) lost.push_back(id);
+    }
+    for (const SequenceId id : lost) Free(id);
     Integrity();
     for (const auto& [id, sequence] : model_) CheckSequence(id);
   }
 
-  // The slots of a block, which must be alike in all its rows as far as it has tokens.
-  Row Read(uint32_t unit_row, int units, int tokens) {
-    for (int r = 1; r < units; ++r) {
-      EXPECT_TRUE(std::equal(memory_[unit_row].begin(), memory_[unit_row].begin() + tokens,
+  // The slots of a block, which must be alike in all its rows as far as it has tokens: looked at are the
+  // first, the last and one in turn.
+  const Row& Read(uint32_t unit_row, int units, int tokens) {
+    const Row& first = memory_[unit_row];
+    for (const int r : {units - 1, static_cast<int>(++looked_at_ % static_cast<uint32_t>(units))}) {
+      EXPECT_TRUE(std::equal(first.begin(), first.begin() + tokens,
                              memory_[unit_row + static_cast<uint32_t>(r)].begin()))
           << "two blocks wrote to one place";
     }
-    return memory_[unit_row];
+    return first;
   }
   void Write(uint32_t unit_row, int units, const Row& row) {
     for (int r = 0; r < units; ++r) memory_[unit_row + static_cast<uint32_t>(r)] = row;
@@ -335,8 +379,8 @@ class Simulation {
            kBlockTokens;
   }
   void Execute(const KvConvert& convert) {
-    Write(convert.to_row, UnitsOf(kSimulationGeometry, convert.to),
-          Read(convert.from_row, UnitsOf(kSimulationGeometry, convert.from), kBlockTokens));
+    const Row row = Read(convert.from_row, UnitsOf(kSimulationGeometry, convert.from), kBlockTokens);
+    Write(convert.to_row, UnitsOf(kSimulationGeometry, convert.to), row);
   }
   void Execute(const KvStore& store, const std::vector<Truth>& truth) {
     Row row{};
@@ -351,18 +395,18 @@ class Simulation {
 
   // What attention reads are the first `length` tokens, each once; the view is sorted by format.
   void CheckView(SequenceId id, int32_t length) {
-    std::vector<Truth> seen;
+    int32_t tokens = 0;
+    Truth sum = 0;  // of hashes: other tokens have another
     Format last = Format::kK2V2;
     for (const KvBlockRef& ref : cache_.View(id)) {
       ASSERT_GE(ref.format, last);
       last = ref.format;
-      const Row row = Read(ref.unit_row, Units(ref.format, ref.capacity), ref.tokens);
-      seen.insert(seen.end(), row.begin(), row.begin() + ref.tokens);
+      const Row& row = Read(ref.unit_row, Units(ref.format, ref.capacity), ref.tokens);
+      sum = std::accumulate(row.begin(), row.begin() + ref.tokens, sum);
+      tokens += ref.tokens;
     }
-    std::vector<Truth> expected(model_[id].truth.begin(), model_[id].truth.begin() + length);
-    std::sort(seen.begin(), seen.end());
-    std::sort(expected.begin(), expected.end());
-    ASSERT_EQ(seen, expected);
+    ASSERT_EQ(tokens, length);
+    ASSERT_EQ(sum, length == 0 ? 0 : model_[id].sums[static_cast<size_t>(length) - 1]);
   }
 
   void CheckSequence(SequenceId id) {
@@ -385,6 +429,7 @@ class Simulation {
   std::mt19937 random_;
   KvCache cache_;
   std::vector<Row> memory_;
+  uint32_t looked_at_ = 0;
   std::map<SequenceId, ModelSequence> model_;
   std::vector<std::pair<std::string, std::vector<KvToken>>> known_;  // conversations that may go on
   std::unordered_map<BlockKey, std::pair<Format, Row>, BlockKeyHash> asleep_;

@@ -191,11 +191,13 @@ TEST_F(KvCacheTest, MixedWishesTakeTheMedianAcrossTailAndRows) {
 TEST_F(KvCacheTest, ViewShowsTheCacheAsItWasUntilTheStepIsFinished) {
   const SequenceId id = cache_.CreateSequence();
   Step(id, Tokens(60, k2));
-  const std::span<const KvBlockRef> view = cache_.View(id);
+  const SequenceId other = cache_.CreateSequence();
   KvAppend append;
   ASSERT_TRUE(cache_.Append(id, Tokens(10, k2), &append).ok());
+  const std::span<const KvBlockRef> view = cache_.View(id);
   EXPECT_EQ(ViewOf(id), "bf16:60");
-  EXPECT_EQ(cache_.View(id).data(), view.data()) << "a view taken before the append stays valid";
+  ASSERT_TRUE(cache_.Append(other, Tokens(300, k2), &append).ok());
+  EXPECT_EQ(cache_.View(id).data(), view.data()) << "a view stays valid while others are appended to";
   EXPECT_EQ(cache_.Length(id), 70);
   cache_.FinishStep();
   EXPECT_EQ(ViewOf(id), "k2v2:64 bf16:6");

@@ -3,7 +3,6 @@
 #define TRIAXIAL_KV_HOST_BLOCKS_H_
 
 #include <cstdint>
-#include <iterator>
 #include <list>
 #include <unordered_map>
 #include <utility>
@@ -26,9 +25,11 @@ class HostBlocks {
   // Its key must not be there.
   void Insert(Record record) {
     CHECK(!Contains(record.key));
-    bytes_ += static_cast<int64_t>(record.size);
-    order_.push_back(std::move(record));
-    index_.emplace(order_.back().key, std::prev(order_.end()));
+    std::list<Record> last;
+    last.push_back(std::move(record));
+    index_.emplace(last.back().key, last.begin());
+    bytes_ += static_cast<int64_t>(last.back().size);
+    order_.splice(order_.end(), last);
   }
   void Erase(const BlockKey& key) {
     const auto entry = index_.find(key);

@@ -2,7 +2,12 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
+#include <bit>
+#include <utility>
+
 #include "base/check.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 
@@ -15,12 +20,33 @@ NodeId PrefixTree::FindRoot(std::string_view salt) const {
   return found == roots_.end() ? kNoNode : found->second;
 }
 
+void PrefixTree::Reserve(size_t children) { Grow(std::max(children, children_), roots_.size()); }
+
+void PrefixTree::Grow(size_t children, size_t roots) {
+  ReserveAtLeast(&nodes_, children + roots);
+  ReserveAtLeast(&free_, nodes_.capacity());
+  if (index_.size() < children) {
+    std::vector<NodeId> index(std::bit_ceil(children), kNoNode);
+    index_.swap(index);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      if (nodes_[i].found) Enter(static_cast<NodeId>(i));
+    }
+  }
+  while (nodes_.size() < children + roots) {
+    free_.push_back(static_cast<NodeId>(nodes_.size()));
+    nodes_.emplace_back();
+  }
+  children_ = children;
+}
+
 NodeId PrefixTree::AddRoot(std::string_view salt) {
   if (const NodeId found = FindRoot(salt); found != kNoNode) return found;
-  const NodeId id = NewNode();
-  nodes_[Index(id)].salt = salt;
+  Grow(children_, roots_.size() + 1);
+  std::string name(salt);
+  const auto root = roots_.emplace(name, kNoNode).first;
+  const NodeId id = root->second = NewNode();
+  nodes_[Index(id)].salt = std::move(name);
   nodes_[Index(id)].key = RootKey(salt);
-  roots_.emplace(salt, id);
   return id;
 }
 
@@ -31,22 +57,25 @@ NodeId PrefixTree::AddChild(NodeId parent, std::span<const ContentId> contents, 
   n.block = block;
   n.key_of_index = KeyOf(parent, hash_(contents));
   n.found = true;
+  Enter(id);
   ++nodes_[Index(parent)].children;
-  index_.emplace(n.key_of_index, id);
   return id;
+}
+
+void PrefixTree::Enter(NodeId id) {
+  NodeId& first = index_[Bucket(node(id).key_of_index)];
+  nodes_[Index(id)].next = std::exchange(first, id);
 }
 
 void PrefixTree::Hide(NodeId id) {
   Node& n = nodes_[Index(id)];
-  if (!n.found) return;
-  const auto [begin, end] = index_.equal_range(n.key_of_index);
-  for (auto it = begin; it != end; ++it) {
-    if (it->second != id) continue;
-    index_.erase(it);
-    n.found = false;
-    return;
+  if (!std::exchange(n.found, false)) return;
+  NodeId* at = &index_[Bucket(n.key_of_index)];
+  while (*at != id) {
+    CHECK(*at != kNoNode);
+    at = &nodes_[Index(*at)].next;
   }
-  CHECK(false);
+  *at = n.next;
 }
 
 void PrefixTree::Remove(NodeId id) {
@@ -65,10 +94,7 @@ void PrefixTree::Unpin(NodeId id) {
 }
 
 NodeId PrefixTree::NewNode() {
-  if (free_.empty()) {
-    free_.push_back(static_cast<NodeId>(nodes_.size()));
-    nodes_.emplace_back();
-  }
+  CHECK(!free_.empty());
   const NodeId id = free_.back();
   free_.pop_back();
   nodes_[Index(id)].alive = true;

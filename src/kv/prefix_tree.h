@@ -1,5 +1,6 @@
 // The prefixes that the cache knows: a tree whose nodes are complete blocks, a root for each salt. A hash
-// only finds candidates; the contents and the parent decide.
+// only finds candidates; the contents and the parent decide. Only Reserve and AddRoot ask for memory; where
+// it is missing, nothing has changed.
 #ifndef TRIAXIAL_KV_PREFIX_TREE_H_
 #define TRIAXIAL_KV_PREFIX_TREE_H_
 
@@ -10,7 +11,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "kv/block.h"
@@ -24,17 +24,21 @@ class PrefixTree {
   explicit PrefixTree(Hash hash = DefaultHash) : hash_(hash) {}
   static uint64_t DefaultHash(std::span<const ContentId> contents);
 
+  // For so many nodes besides the roots.
+  void Reserve(size_t children);
   NodeId FindRoot(std::string_view salt) const;  // kNoNode if there is none
   NodeId AddRoot(std::string_view salt);         // the one there is, else a new one
   // The child with these contents; `same` compares them with a candidate's block.
   template <typename Same>
   NodeId FindChild(NodeId parent, std::span<const ContentId> contents, const Same& same) const {
-    const auto [begin, end] = index_.equal_range(KeyOf(parent, hash_(contents)));
-    for (auto it = begin; it != end; ++it) {
-      if (node(it->second).parent == parent && same(node(it->second).block)) return it->second;
+    const uint64_t key = KeyOf(parent, hash_(contents));
+    for (NodeId id = index_.empty() ? kNoNode : index_[Bucket(key)]; id != kNoNode; id = node(id).next) {
+      const Node& n = node(id);
+      if (n.key_of_index == key && n.parent == parent && same(n.block)) return id;
     }
     return kNoNode;
   }
+  // There must be memory for it (CHECK).
   NodeId AddChild(NodeId parent, std::span<const ContentId> contents, BlockId block);
   // Nobody finds the node any more, nor what is below it. It stays until it is removed.
   void Hide(NodeId id);
@@ -86,6 +90,7 @@ class PrefixTree {
     int32_t pins = 0;
     int32_t reasons = 0;
     uint64_t key_of_index = 0;
+    NodeId next = kNoNode;  // in its bucket of the index
     bool alive = false;
     bool found = false;           // in the index
     std::optional<BlockKey> key;  // computed when it is first asked for; a root's at once
@@ -95,14 +100,18 @@ class PrefixTree {
   static uint64_t KeyOf(NodeId parent, uint64_t hash) {
     return (hash ^ static_cast<uint64_t>(static_cast<uint32_t>(parent)) * 0x9e3779b97f4a7c15u);
   }
+  size_t Bucket(uint64_t key) const { return key & (index_.size() - 1); }
   const Node& node(NodeId id) const { return nodes_[Index(id)]; }
+  void Grow(size_t children, size_t roots);
+  void Enter(NodeId id);
   NodeId NewNode();
   void FreeNode(NodeId id);
 
   Hash hash_;
   std::vector<Node> nodes_;
   std::vector<NodeId> free_;
-  std::unordered_multimap<uint64_t, NodeId> index_;
+  size_t children_ = 0;        // that there is memory for
+  std::vector<NodeId> index_;  // first nodes of buckets; a power of two of them, at least `children_`
   std::map<std::string, NodeId, std::less<>> roots_;
 };
 

@@ -55,7 +55,7 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Elemen
     layer.output_factors = std::move(values.o.column_factors);
     ASSIGN_OR_RETURN(layer.gate_up, loader->Load({{name + "mlp.gate_proj", c.intermediate_size},
                                                   {name + "mlp.up_proj", c.intermediate_size}},
-                                                 {hidden}, element, Epilogue::kNone, false));
+                                                 {hidden}, Element::kF32, Epilogue::kNone, false));
     ASSIGN_OR_RETURN(layer.down, loader->Load({{name + "mlp.down_proj", hidden}}, {c.intermediate_size},
                                               Element::kF32, Epilogue::kAdd, false));
     decoder->layers_.push_back(std::move(layer));
@@ -173,7 +173,7 @@ void Decoder::Forward(const Batch& batch, KvArena* arena, float* logits) {
   auto* v = v_.Reserve<float>(rows * kv_width);
   auto* attended = attended_.Reserve<float>(rows * q_width);
   void* joined = joined_.Reserve(static_cast<size_t>(rows * q_width * size));
-  void* gate_up = gate_up_.Reserve(static_cast<size_t>(rows * 2 * inner_width * size));
+  auto* gate_up = gate_up_.Reserve<float>(rows * 2 * inner_width);
   void* inner = inner_.Reserve(static_cast<size_t>(rows * inner_width * size));
 
   Embed(batch, hidden);

@@ -76,8 +76,12 @@ Element ElementFor(Precision precision) {
 
 // What kAuto means for these options on this machine.
 Result<Device> ChooseDevice(const ModelOptions& options) {
-  if (options.device == Device::kCpu) return Device::kCpu;
-  const bool wanted = options.device == Device::kCuda;
+  const bool fp8 = options.precision == Precision::kFp8;
+  if (options.device == Device::kCpu) {
+    if (fp8) return InvalidArgument("--dtype fp8 needs a GPU; use --dtype bf16 on the CPU");
+    return Device::kCpu;
+  }
+  const bool wanted = options.device == Device::kCuda || fp8;
 #ifdef TRIAXIAL_CUDA
   std::string why;
   if (options.precision == Precision::kF32) {
@@ -91,10 +95,12 @@ Result<Device> ChooseDevice(const ModelOptions& options) {
     spdlog::info("the GPU is not used: {}", why);
     return Device::kCpu;
   }
-  return InvalidArgument("the GPU cannot be used: " + why + "; use --device cpu");
+  return InvalidArgument("the GPU cannot be used: " + why + "; use --device cpu" +
+                         (fp8 ? " and --dtype bf16" : ""));
 #else
   if (!wanted) return Device::kCpu;
-  return InvalidArgument("this binary was built without CUDA; build the preset 'cuda', or use --device cpu");
+  return InvalidArgument("this binary was built without CUDA; build the preset 'cuda', or use --device cpu" +
+                         std::string(fp8 ? " and --dtype bf16" : ""));
 #endif
 }
 

@@ -23,6 +23,8 @@ enum class Precision {
   kBf16,  // weights and matrix-product inputs in BF16, sums in F32 (AVX-512-BF16 or AMX where the machine has
           // them)
   kF32,   // everything in F32: the reference mode
+  kFp8,   // as kBf16, but weights and inputs of the decoder's layers in e4m3 with a scale for each output
+         // channel and each token; on a GPU only
 };
 
 // Sees what attention reads and the cache stores in each layer of each step, rotated if the codec is: q

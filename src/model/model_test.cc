@@ -243,6 +243,15 @@ TEST(Model, TextOnlyCheckpointsOfEveryDtypeEqualTheDefinition) {
   }
 }
 
+TEST(Model, Fp8IsRefusedWithoutAGpu) {
+  const TempDir dir;
+  WriteConfig(dir, true);
+  WriteWeights(dir, RandomWeights(true), DType::kF32);
+  const auto model = Model::Load(dir.path(), {.device = Device::kCpu, .precision = Precision::kFp8});
+  ASSERT_FALSE(model.ok());
+  EXPECT_NE(model.status().message().find("--dtype bf16"), std::string::npos) << model.status().message();
+}
+
 TEST(Model, CountsParametersAndBytes) {
   const TempDir dir;
   for (const bool tied : {true, false}) {

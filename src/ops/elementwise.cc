@@ -23,7 +23,6 @@ using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
 // Loads and stores of one vector of F32 lanes from and to memory of T.
-HWY_INLINE VF LoadAs(DF d, const float* p) { return hn::LoadU(d, p); }
 HWY_INLINE VF LoadAs(DF d, const bf16_t* p) {
   const hn::Rebind<uint16_t, DF> d16;
   const hn::RebindToUnsigned<DF> d32;
@@ -39,8 +38,6 @@ HWY_INLINE void StoreAs([[maybe_unused]] DF d, VF v, bf16_t* p) {
   const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(d32, 0x7fff))));
   hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di32, rounded)), d16, p);
 }
-inline float ValueOf(float x) { return x; }
-inline float ValueOf(bf16_t x) { return Bf16ToFloat(x); }
 inline void Put(float x, float* p) { *p = x; }
 inline void Put(float x, bf16_t* p) { *p = FloatToBf16(x); }
 
@@ -109,20 +106,17 @@ HWY_INLINE void LayerNormRowT(const float* x, const float* weight, const float* 
 }
 
 template <typename T>
-HWY_INLINE void SwiGluRowT(const T* gate, const T* up, int64_t n, T* out) {
+HWY_INLINE void SwiGluRowT(const float* gate, const float* up, int64_t n, T* out) {
   const DF d;
   const VF one = hn::Set(d, 1.0f);
   ForEach(
       n,
       [&](int64_t i) HWY_ATTR {
-        const VF g = LoadAs(d, gate + i);
+        const VF g = hn::LoadU(d, gate + i);
         const VF silu = hn::Div(g, hn::Add(one, hn::Exp(d, hn::Neg(g))));
-        StoreAs(d, hn::Mul(silu, LoadAs(d, up + i)), out + i);
+        StoreAs(d, hn::Mul(silu, hn::LoadU(d, up + i)), out + i);
       },
-      [&](int64_t i) {
-        const float g = ValueOf(gate[i]);
-        Put(g / (1.0f + std::exp(-g)) * ValueOf(up[i]), out + i);
-      });
+      [&](int64_t i) { Put(gate[i] / (1.0f + std::exp(-gate[i])) * up[i], out + i); });
 }
 
 template <typename T>
@@ -172,12 +166,9 @@ void LayerNormRow(const float* x, const float* weight, const float* bias, float 
   LayerNormRowT(x, weight, bias, eps, n, static_cast<bf16_t*>(out));
 }
 
-void SwiGluRow(const void* gate, const void* up, int64_t n, Element type, void* out) {
-  if (type == Element::kF32) {
-    return SwiGluRowT(static_cast<const float*>(gate), static_cast<const float*>(up), n,
-                      static_cast<float*>(out));
-  }
-  SwiGluRowT(static_cast<const bf16_t*>(gate), static_cast<const bf16_t*>(up), n, static_cast<bf16_t*>(out));
+void SwiGluRow(const float* gate, const float* up, int64_t n, Element type, void* out) {
+  if (type == Element::kF32) return SwiGluRowT(gate, up, n, static_cast<float*>(out));
+  SwiGluRowT(gate, up, n, static_cast<bf16_t*>(out));
 }
 
 void ConvertRow(const float* x, float factor, int64_t n, Element type, void* out) {
@@ -267,9 +258,6 @@ void ForRows(int64_t rows, int64_t row_elements, const Fn& fn) {
 void* At(void* base, Element type, int64_t index) {
   return static_cast<uint8_t*>(base) + index * ByteSize(type);
 }
-const void* At(const void* base, Element type, int64_t index) {
-  return static_cast<const uint8_t*>(base) + index * ByteSize(type);
-}
 
 }  // namespace
 
@@ -285,10 +273,10 @@ void LayerNorm(const float* x, const float* weight, const float* bias, float eps
   ForRows(rows, n, [&](int64_t r) { row(x + r * n, weight, bias, eps, n, type, At(out, type, r * n)); });
 }
 
-void SwiGlu(const void* gate_up, int64_t rows, int64_t n, Element type, void* out) {
+void SwiGlu(const float* gate_up, int64_t rows, int64_t n, Element type, void* out) {
   const auto row = HWY_DYNAMIC_DISPATCH(SwiGluRow);
   ForRows(rows, 2 * n, [&](int64_t r) {
-    row(At(gate_up, type, 2 * r * n), At(gate_up, type, (2 * r + 1) * n), n, type, At(out, type, r * n));
+    row(gate_up + 2 * r * n, gate_up + (2 * r + 1) * n, n, type, At(out, type, r * n));
   });
 }
 

@@ -16,8 +16,8 @@ void RmsNorm(const float* x, const float* weight, float eps, int64_t rows, int64
 // out[r] = (x[r] - mean) / sqrt(variance + eps) * weight + bias.
 void LayerNorm(const float* x, const float* weight, const float* bias, float eps, int64_t rows, int64_t n,
                Element type, void* out);
-// out[r] = silu(gate[r]) * up[r]; gate_up: [rows][2 n] of `type`, gate first.
-void SwiGlu(const void* gate_up, int64_t rows, int64_t n, Element type, void* out);
+// out[r] = silu(gate[r]) * up[r]; gate_up: [rows][2 n], gate first.
+void SwiGlu(const float* gate_up, int64_t rows, int64_t n, Element type, void* out);
 // out[i] = factor * x[i], i < n.
 void Convert(const float* x, float factor, int64_t n, Element type, void* out);
 // The inverse direction: BF16 or F32 to F32.

@@ -125,11 +125,13 @@ void ConvertKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer
   ParallelForValues(
       static_cast<int64_t>(converts.size()), values * static_cast<int64_t>(converts.size()), [&](int64_t i) {
         const KvConvert& convert = converts[static_cast<size_t>(i)];
-        const uint8_t* from = arena_layer + convert.from_row * UnitRowBytes(g);
-        const std::vector<uint8_t> source(from, from + int64_t{g.num_kv_heads} * HeadBytes(g, convert.from));
         alignas(64) float tile[kBlockTokens * 128];
+        alignas(64) uint8_t in[kBlockTokens * 128 * 2 * sizeof(uint16_t)];
+        CHECK(HeadBytes(g, convert.from) <= static_cast<int64_t>(sizeof(in)));
         for (int head = 0; head < g.num_kv_heads; ++head) {
-          const uint8_t* in = source.data() + int64_t{head} * HeadBytes(g, convert.from);
+          // In place, a head ends where it was or before, so that it overwrites at most itself.
+          std::memcpy(in, HeadOf(g, arena_layer, convert.from_row, convert.from, head),
+                      static_cast<size_t>(HeadBytes(g, convert.from)));
           uint8_t* to = HeadOf(g, arena_layer, convert.to_row, convert.to, head);
           for (const Side side : {Side::kK, Side::kV}) {
             const int bits = Bits(convert.from, side);

@@ -17,8 +17,8 @@ namespace triaxial {
 // store that opens a tail (from_tail 0) zeroes the places of the tokens to come.
 void StoreKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer, const float* k,
              const float* v, std::span<const KvStore> stores);
-// Runs conversions for one layer, in parallel. A conversion reads all heads of a block before it writes, so
-// its own from and to may overlap; different conversions may not. A side whose bits stay is copied: encoded
+// Runs conversions for one layer, in parallel. A conversion is in place and into fewer bits, or overlaps
+// nothing; different conversions do not overlap. A side whose bits stay is copied: encoded
 // again, a clipped range would be clipped again.
 void ConvertKv(const KvGeometry& g, const ClipRatios& clip, uint8_t* arena_layer,
                std::span<const KvConvert> converts);

@@ -38,8 +38,8 @@ struct Metrics::Impl {
                                                                                                    buckets);
   }
   // Counters that the engine keeps are raised to its value.
-  static void Raise(prometheus::Counter* counter, int64_t value) {
-    const double step = static_cast<double>(value) - counter->Value();
+  static void Raise(prometheus::Counter* counter, double value) {
+    const double step = value - counter->Value();
     if (step > 0) counter->Increment(step);
   }
 
@@ -68,6 +68,10 @@ struct Metrics::Impl {
       Counter("triaxial_num_preemptions_total", "Sequences preempted for memory.");
   prometheus::Counter& prompt_tokens = Counter("triaxial_prompt_tokens_total", "Prompt tokens processed.");
   prometheus::Counter& generation_tokens = Counter("triaxial_generation_tokens_total", "Tokens generated.");
+  prometheus::Counter& model_seconds =
+      Counter("triaxial_engine_model_seconds_total", "Seconds that the engine's thread spent in the model.");
+  prometheus::Counter& host_seconds =
+      Counter("triaxial_engine_host_seconds_total", "Seconds that it spent in all else while it had work.");
   prometheus::Histogram& ttft =
       Seconds("triaxial_time_to_first_token_seconds", "From arrival to the first token.");
   prometheus::Histogram& itl =
@@ -169,15 +173,17 @@ std::string Metrics::Render(const EngineSnapshot& snapshot) {
   impl_->waiting.Set(snapshot.waiting);
   impl_->usage.Set(snapshot.kv_usage);
   impl_->bits.Set(snapshot.effective_bits);
-  Impl::Raise(&impl_->preemptions, snapshot.preemptions);
-  Impl::Raise(&impl_->prompt_tokens, snapshot.prompt_tokens);
-  Impl::Raise(&impl_->generation_tokens, snapshot.generation_tokens);
-  Impl::Raise(&impl_->prefix_queries, snapshot.prefix_queries);
-  Impl::Raise(&impl_->prefix_hits, snapshot.prefix_hits);
-  Impl::Raise(&impl_->evictions, snapshot.evictions);
-  Impl::Raise(&impl_->woken, snapshot.store.woken);
-  Impl::Raise(&impl_->corrupt, snapshot.store.corrupt);
-  Impl::Raise(&impl_->integrity, snapshot.integrity_errors);
+  Impl::Raise(&impl_->preemptions, static_cast<double>(snapshot.preemptions));
+  Impl::Raise(&impl_->prompt_tokens, static_cast<double>(snapshot.prompt_tokens));
+  Impl::Raise(&impl_->generation_tokens, static_cast<double>(snapshot.generation_tokens));
+  Impl::Raise(&impl_->prefix_queries, static_cast<double>(snapshot.prefix_queries));
+  Impl::Raise(&impl_->prefix_hits, static_cast<double>(snapshot.prefix_hits));
+  Impl::Raise(&impl_->evictions, static_cast<double>(snapshot.evictions));
+  Impl::Raise(&impl_->woken, static_cast<double>(snapshot.store.woken));
+  Impl::Raise(&impl_->corrupt, static_cast<double>(snapshot.store.corrupt));
+  Impl::Raise(&impl_->integrity, static_cast<double>(snapshot.integrity_errors));
+  Impl::Raise(&impl_->model_seconds, snapshot.model_seconds);
+  Impl::Raise(&impl_->host_seconds, snapshot.host_seconds);
   impl_->price.Set(snapshot.price);
   impl_->SetBytesAndTokens(snapshot);
   impl_->SetTags(snapshot);

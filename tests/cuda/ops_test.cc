@@ -6,9 +6,11 @@
 #include <vector>
 
 #include "base/float16.h"
+#include "base/float8.h"
 #include "gpu_test.h"
 #include "ops/cuda/device.h"
 #include "ops/cuda/elementwise.h"
+#include "ops/cuda/fp8_rows.h"
 #include "ops/cuda/linear.h"
 #include "ops/cuda/sample.h"
 #include "ops/cuda/vision.h"
@@ -222,6 +224,106 @@ CASE(Products) {
           const double error = f32 ? RelativeError(y.Get(), expected) : RelativeError(y16.Get(), expected);
           EXPECT(error < (f32 ? 1e-5 : 4e-3), "rows %d, epilogue %d, bias %d: %g", static_cast<int>(rows),
                  static_cast<int>(epilogue), bias, error);
+        }
+      }
+    }
+  }
+}
+
+CASE(RowsInFp8) {
+  for (const int64_t width : {16, 336, 5120, 25600, 32768}) {
+    const int64_t rows = 5;
+    std::vector<float> values = Floats(rows * width);
+    std::fill_n(values.begin() + width, width, 0.0f);  // a row of zeros
+    for (int64_t i = 0; i < width; ++i) values[static_cast<size_t>(2 * width + i)] *= 1e-6f;  // a quiet one
+    values[static_cast<size_t>(3 * width)] = 3e4f;  // one loud value
+    const std::vector<uint16_t> x = Rounded(values);
+    const OnDevice<uint16_t> on_x(x);
+    const OnDevice<uint8_t> out(rows * width);
+    const OnDevice<float> scales(rows);
+    QuantizeRows(on_x.data(), rows, width, out.data(), scales.data(), nullptr);
+    const std::vector<uint8_t> codes = out.Get();
+    const std::vector<float> found = scales.Get();
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t* row = &x[static_cast<size_t>(r * width)];
+      double largest = 0;
+      for (int64_t i = 0; i < width; ++i) largest = std::max(largest, std::abs(Value(row[i])));
+      const float scale = found[static_cast<size_t>(r)];
+      EXPECT(std::abs(scale - (largest > 0 ? largest / 448 : 1)) <= 1e-6 * scale, "scale %g, largest %g",
+             scale, largest);
+      double worst = 0;  // in half steps of e4m3
+      for (int64_t i = 0; i < width; ++i) {
+        const double exact = Value(row[i]) / scale;
+        const double step =
+            std::exp2(std::max(-9.0, std::floor(std::log2(std::max(1e-9, std::abs(exact)))) - 3));
+        worst = std::max(
+            worst, std::abs(E4m3ToFloat(codes[static_cast<size_t>(r * width + i)]) - exact) / (step / 2));
+      }
+      EXPECT(worst < 1.001, "width %d, row %d: off by %g half steps", static_cast<int>(width),
+             static_cast<int>(r), worst);
+    }
+  }
+}
+
+CASE(ProductsInFp8) {
+  LinearRunner runner;
+  Stream stream;
+  runner.ReserveFp8(300, 4096);
+  for (const int64_t in : {int64_t{336}, int64_t{4096}}) {
+    const int64_t out = 192;
+    std::vector<float> w_values = Floats(out * in, 0.1f);
+    for (int64_t o = 0; o < out; ++o) {  // output channels of different size
+      for (int64_t i = 0; i < in; ++i)
+        w_values[static_cast<size_t>(o * in + i)] *= std::exp2(static_cast<float>(o % 9));
+    }
+    const OnDevice<uint16_t> w(Rounded(w_values));
+    const OnDevice<uint8_t> w8(out * in);
+    const OnDevice<float> w_scales(out);
+    QuantizeRows(w.data(), out, in, w8.data(), w_scales.data(), stream);
+    stream.Synchronize();
+    const std::vector<uint8_t> w_codes = w8.Get();
+    const std::vector<float> w_scale = w_scales.Get();
+    for (const int64_t rows : {1, 2, 8, 13, 32, 64, 300}) {
+      for (const bool tuned : {false, true}) {
+        for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kAdd}) {
+          for (const Element output : {Element::kF32, Element::kBf16}) {
+            if (epilogue == Epilogue::kAdd && output == Element::kBf16) continue;
+            const LinearShape shape{
+                .in = in, .out = out, .input = Element::kBf16, .output = output, .epilogue = epilogue};
+            const LinearWeights linear{shape, w8.data(), nullptr, w_scales.data()};
+            const std::vector<uint16_t> x = Rounded(Floats(rows * in));
+            const std::vector<float> before = Floats(rows * out);
+            const OnDevice<uint16_t> on_x(x), y16(rows * out);
+            const OnDevice<uint8_t> x8(rows * in);
+            const OnDevice<float> y(before), x_scales(rows);
+            QuantizeRows(on_x.data(), rows, in, x8.data(), x_scales.data(), stream);
+            stream.Synchronize();
+            const std::vector<uint8_t> x_codes = x8.Get();
+            const std::vector<float> x_scale = x_scales.Get();
+            if (tuned) {
+              const OnDevice<uint16_t> scratch(rows * in);
+              const OnDevice<float> scratch_y(rows * out);
+              runner.Tune({&linear, 1}, scratch.data(), rows, scratch_y.data(), stream);
+            }
+            const bool f32 = output == Element::kF32;
+            runner.Run(linear, on_x.data(), rows, f32 ? static_cast<void*>(y.data()) : y16.data(), stream);
+            stream.Synchronize();
+            std::vector<double> expected;
+            for (int64_t r = 0; r < rows; ++r) {
+              for (int64_t o = 0; o < out; ++o) {
+                double sum = 0;
+                for (int64_t i = 0; i < in; ++i)
+                  sum += double{E4m3ToFloat(x_codes[static_cast<size_t>(r * in + i)])} *
+                         E4m3ToFloat(w_codes[static_cast<size_t>(o * in + i)]);
+                sum *= double{x_scale[static_cast<size_t>(r)]} * w_scale[static_cast<size_t>(o)];
+                if (epilogue == Epilogue::kAdd) sum += before[static_cast<size_t>(r * out + o)];
+                expected.push_back(sum);
+              }
+            }
+            const double error = f32 ? RelativeError(y.Get(), expected) : RelativeError(y16.Get(), expected);
+            EXPECT(error < (f32 ? 1e-3 : 4e-3), "in %d, rows %d, epilogue %d: %g", static_cast<int>(in),
+                   static_cast<int>(rows), static_cast<int>(epilogue), error);
+          }
         }
       }
     }

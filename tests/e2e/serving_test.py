@@ -48,6 +48,37 @@ class QueueTest(unittest.TestCase):
         server.stop()
 
 
+    def test_a_key_cannot_fill_the_queue(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".keys") as file:
+            file.write("secret-1\nsecret-2\n")
+            file.flush()
+            server = Server("--max-num-seqs", "1", "--max-queued", "8", "--api-key-file", file.name)
+        one, two = ({"Authorization": f"Bearer secret-{i}"} for i in (1, 2))
+        held = []
+        for _ in range(20):  # of which one runs and half of the places are taken
+            connection = server.connect()
+            request = http_post("/v1/completions", json.dumps(LONG).encode())
+            connection.sendall(request.replace(b"Host:", b"Authorization: Bearer secret-1\r\nHost:"))
+            held.append(connection)
+            self.addCleanup(connection.close)
+            server.wait_for(lambda r, w, t: r == 1, 30)
+        self.assertEqual(server.wait_for(lambda r, w, t: w == 4, 30)[:2], (1, 4))
+        status, answer = server.request("POST", "/v1/completions", LONG, one)
+        self.assertEqual((status, answer["error"]["type"]), (429, "rate_limit_error"), answer)
+        self.assertIn("this API key", answer["error"]["message"])
+        answers = []
+        waits = threading.Thread(target=lambda: answers.append(server.request(
+            "POST", "/v1/completions", {"prompt": [5] * 40, "max_tokens": 2, "ignore_eos": True}, two)))
+        waits.start()
+        self.assertEqual(server.wait_for(lambda r, w, t: w == 5, 10)[:2], (1, 5))
+        for connection in held:
+            connection.close()
+        waits.join(60)
+        self.assertEqual(answers[0][0], 200, answers)
+        self.assertEqual(server.wait_for(lambda *load: load == (0, 0, 0), 10), (0, 0, 0))
+        server.stop()
+
+
 class PagesTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):

@@ -31,8 +31,9 @@ class CudaModel : public Model {
     CUDA_OK(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold));
   }
 
-  Status LoadWeights(Codec codec) {
-    ASSIGN_OR_RETURN(decoder_, Decoder::Load(config_, codec, calibration_, &weights_, &linears_, stream_));
+  Status LoadWeights(Codec codec, bool fp8) {
+    ASSIGN_OR_RETURN(decoder_,
+                     Decoder::Load(config_, codec, calibration_, fp8, &weights_, &linears_, stream_));
     if (config_.vision) {
       ASSIGN_OR_RETURN(vision_, VisionTower::Load(*config_.vision, &weights_, &linears_, stream_));
     }
@@ -85,7 +86,7 @@ Result<std::unique_ptr<Model>> LoadCudaModel(const std::string& directory, const
   try {
     auto model =
         std::make_unique<CudaModel>(config, std::move(calibration), std::move(source), options.dummy_weights);
-    RETURN_IF_ERROR(model->LoadWeights(options.codec));
+    RETURN_IF_ERROR(model->LoadWeights(options.codec, options.precision == Precision::kFp8));
     return std::unique_ptr<Model>(std::move(model));
   } catch (const OutOfDeviceMemory&) {
     return ResourceExhausted("the weights of '" + directory + "' do not fit in the memory of the GPU (" +

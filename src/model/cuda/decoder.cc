@@ -37,8 +37,9 @@ Decoder::Decoder(const TextConfig& config, Codec codec, const ClipRatios& clip, 
 Decoder::~Decoder() { DropGraphs(); }
 
 Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Codec codec,
-                                               const KvCalibration& calibration, DeviceWeights* weights,
-                                               LinearRunner* linears, cudaStream_t stream) {
+                                               const KvCalibration& calibration, bool fp8,
+                                               DeviceWeights* weights, LinearRunner* linears,
+                                               cudaStream_t stream) {
   const TextConfig& c = config.text;
   const std::string prefix =
       config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
@@ -73,6 +74,10 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Codec 
                                                   {hidden}, Element::kBf16, Epilogue::kNone, false));
     ASSIGN_OR_RETURN(layer.down, weights->Load({{name + "mlp.down_proj", hidden}}, {c.intermediate_size},
                                                Element::kF32, Epilogue::kAdd, false));
+    if (fp8) {
+      for (LinearWeights* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
+        RETURN_IF_ERROR(weights->ToFp8(name, linear));
+    }
     decoder->layers_.push_back(layer);
   }
   ASSIGN_OR_RETURN(decoder->final_norm_, weights->LoadVector(prefix + "norm.weight", hidden, Fill::kOne));
@@ -91,10 +96,9 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Codec 
 }
 
 int64_t Decoder::weight_bytes() const {
-  const auto bytes = [](const LinearWeights& linear) { return linear.shape.in * linear.shape.out * 2; };
-  int64_t sum = bytes(lm_head_);
+  int64_t sum = lm_head_.bytes();
   for (const Layer& layer : layers_) {
-    sum += bytes(layer.qkv) + bytes(layer.o) + bytes(layer.gate_up) + bytes(layer.down);
+    sum += layer.qkv.bytes() + layer.o.bytes() + layer.gate_up.bytes() + layer.down.bytes();
   }
   return sum;
 }
@@ -176,6 +180,8 @@ void Decoder::Reserve(int64_t rows, int64_t logits_rows) {
   attended_.Reserve<uint16_t>(rows * q_width);
   gate_up_.Reserve<uint16_t>(rows * 2 * config_.intermediate_size);
   inner_.Reserve<uint16_t>(rows * config_.intermediate_size);
+  if (layers_.front().qkv.scales != nullptr)
+    linears_->ReserveFp8(rows, std::max({width, q_width, int64_t{config_.intermediate_size}}));
   logits_.Reserve<float>(logits_rows * config_.vocab_size);
   sampled_.Reserve<int32_t>(std::max(rows, logits_rows));
   download_.Reserve(static_cast<size_t>(std::max(rows, logits_rows)) * sizeof(int32_t));

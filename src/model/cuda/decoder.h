@@ -26,10 +26,12 @@ namespace triaxial::cuda {
 // Not thread-safe: keeps its workspace between calls. Throws CudaError.
 class Decoder {
  public:
-  // Errors as TensorSource::Get. All pointers must outlive it.
+  // With `fp8`, the layers' products are in FP8 (not the one for logits). Errors as TensorSource::Get and
+  // DeviceWeights::ToFp8. All pointers must outlive it.
   static Result<std::unique_ptr<Decoder>> Load(const ModelConfig& config, Codec codec,
-                                               const KvCalibration& calibration, DeviceWeights* weights,
-                                               LinearRunner* linears, cudaStream_t stream);
+                                               const KvCalibration& calibration, bool fp8,
+                                               DeviceWeights* weights, LinearRunner* linears,
+                                               cudaStream_t stream);
   ~Decoder();
 
   // See Model::Forward and Model::ForwardAndSample: tokens[i] and, where a draw asks for them, logits

@@ -1,10 +1,13 @@
 #include "model/cuda/weights.h"
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 
+#include "base/check.h"
 #include "base/float16.h"
 #include "ops/cuda/elementwise.h"
+#include "ops/cuda/fp8_rows.h"
 
 namespace triaxial::cuda {
 
@@ -63,6 +66,28 @@ Result<LinearWeights> DeviceWeights::Load(const std::vector<LinearPart>& parts,
     linear.bias = Keep(rounded.data(), rounded.size() * sizeof(uint16_t));
   }
   return linear;
+}
+
+Status DeviceWeights::ToFp8(const std::string& name, LinearWeights* linear) {
+  const LinearShape& shape = linear->shape;
+  if (shape.in % 16 != 0 || shape.out % 16 != 0 || shape.in > kMaxFp8Width) {
+    return InvalidArgument("a product of '" + name + "' is " + std::to_string(shape.out) + " by " +
+                           std::to_string(shape.in) + ", but FP8 needs multiples of 16 and at most " +
+                           std::to_string(kMaxFp8Width) + " columns; use --dtype bf16");
+  }
+  const auto matrix = std::find_if(buffers_.begin(), buffers_.end(), [&](const DeviceBuffer& buffer) {
+    return buffer.data() == linear->weights;
+  });
+  CHECK(matrix != buffers_.end());
+  DeviceBuffer rounded(static_cast<size_t>(shape.out * shape.in));
+  DeviceBuffer scales(static_cast<size_t>(shape.out) * sizeof(float));
+  QuantizeRows(matrix->data<uint16_t>(), shape.out, shape.in, rounded.data(), scales.data<float>(), nullptr);
+  CUDA_OK(cudaStreamSynchronize(nullptr));
+  linear->weights = rounded.data();
+  linear->scales = scales.data<float>();
+  *matrix = std::move(rounded);
+  buffers_.push_back(std::move(scales));
+  return OkStatus();
 }
 
 Result<const uint16_t*> DeviceWeights::LoadMatrix(const std::string& name, int64_t rows, int64_t columns) {

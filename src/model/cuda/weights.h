@@ -23,6 +23,10 @@ class DeviceWeights {
   // See LinearLoader::Load.
   Result<LinearWeights> Load(const std::vector<LinearPart>& parts, const std::vector<int64_t>& in,
                              Element output, Epilogue epilogue, bool bias);
+  // Rounds a matrix that Load made to e4m3, a scale for each output channel, and frees the BF16 matrix.
+  // `name` is for the message of InvalidArgument: sizes must be multiples of 16, rows no longer than
+  // kMaxFp8Width.
+  Status ToFp8(const std::string& name, LinearWeights* linear);
   // [rows][columns] BF16.
   Result<const uint16_t*> LoadMatrix(const std::string& name, int64_t rows, int64_t columns);
   // [rows][columns] F32.

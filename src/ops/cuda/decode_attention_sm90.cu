@@ -156,29 +156,42 @@ __device__ __forceinline__ float Share(float part, float whole) {
   return part == -INFINITY ? 0.0f : Exp2(part - whole);
 }
 
-// Merges the warps of an item, and the row's own key and value in split 0. A warp has a head at a time.
+// The row's own key and value, which the cache does not have yet, for one of its heads: the logit (base 2)
+// and this lane's channels of the value. Only split 0 counts them.
 template <int kDim>
-__device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& item, uint8_t* shared) {
+struct OwnToken {
+  static constexpr int kPer = kDim / 32;
+  float logit = -INFINITY;
+  Lanes<kPer> value = {};
+  __device__ __forceinline__ void Load(const DecodeParams& p, const Item& item, int head) {
+    if (item.split != 0 || head >= item.heads) return;
+    const int channel = (threadIdx.x & 31) * kPer;
+    Lanes<kPer> q, k;
+    q.LoadBf16(p.layer.q + item.row * p.layer.q_stride + (item.first_head + head) * kDim + channel);
+    k.LoadBf16(p.layer.k + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
+    value.LoadBf16(p.layer.v + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
+    logit = 0;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) logit = fmaf(q.v[i], k.v[i], logit);
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) logit += __shfl_xor_sync(~0u, logit, d);
+    logit *= p.scale_log2;
+  }
+};
+
+// Merges the warps of an item, and the row's own token in split 0. A warp has one head.
+template <int kDim>
+__device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& item, const OwnToken<kDim>& own,
+                                           uint8_t* shared) {
   using L = SharedLayout<kDim>;
   constexpr int kPer = kDim / 32;
   const int lane = threadIdx.x & 31, channel = lane * kPer;
-  for (int head = threadIdx.x / 32; head < item.heads; head += kWarps) {
+  static_assert(kWarps >= kItemHeads);
+  if (const int head = threadIdx.x / 32; head < item.heads) {
     const auto* sums = reinterpret_cast<const float2*>(shared + L::kMergeSums) + head;
     const auto* outs = reinterpret_cast<const float*>(shared + L::kMergeOut) + head * L::kRow + channel;
     const int64_t at = int64_t{item.row} * p.num_heads + item.first_head + head;
-    float max = -INFINITY, own = -INFINITY;
-    if (item.split == 0) {
-      Lanes<kPer> q, k;
-      q.LoadBf16(p.layer.q + item.row * p.layer.q_stride + (item.first_head + head) * kDim + channel);
-      k.LoadBf16(p.layer.k + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
-      own = 0;
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) own = fmaf(q.v[i], k.v[i], own);
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) own += __shfl_xor_sync(~0u, own, d);
-      own *= p.scale_log2;
-      max = own;
-    }
+    float max = own.logit;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) max = fmaxf(max, sums[w * kItemHeads].x);
     float sum = 0;
@@ -193,13 +206,9 @@ __device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& it
       out.Add(share, x);
       sum = fmaf(share, part.y, sum);
     }
-    if (item.split == 0) {
-      Lanes<kPer> v;
-      v.LoadBf16(p.layer.v + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
-      const float share = Share(own, max);
-      out.Add(share, v);
-      sum += share;
-    }
+    const float own_share = Share(own.logit, max);
+    out.Add(own_share, own.value);
+    sum += own_share;
     if (item.splits == 1) {
       out.StoreOutput(1.0f / sum, p.layer.out + at * kDim + channel);
     } else {
@@ -216,18 +225,17 @@ __device__ __forceinline__ void MergeSplits(const DecodeParams& p, const Item& i
   using L = SharedLayout<kDim>;
   constexpr int kPer = kDim / 32;
   const int lane = threadIdx.x & 31, channel = lane * kPer;
-  __threadfence();
   __syncthreads();
   auto* last = reinterpret_cast<int*>(shared + L::kNext + 4);
   if (threadIdx.x == 0) {
+    // Releases what the whole block wrote, and acquires what those before it did.
     int* counter = p.counters + 1 + item.counter;
-    *last = atomicAdd(counter, 1) == item.splits - 1;
+    *last = AtomicAddAcqRel(counter, 1) == item.splits - 1;
     if (*last) *counter = 0;
   }
   __syncthreads();
   if (!*last) return;
-  __threadfence();
-  for (int head = threadIdx.x / 32; head < item.heads; head += kWarps) {
+  if (const int head = threadIdx.x / 32; head < item.heads) {
     // Up to 64 splits: two a lane.
     const float2* sums = p.partial_sums + item.slot * kItemHeads + head;
     float2 part[2];
@@ -451,22 +459,27 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       work.template operator()<Side16, Side16>(my_end);
     }
 
+    const int4 d = words[2], e = words[3];
+    item.items = words[0].w, item.split = d.z, item.splits = d.w, item.slot = e.x, item.counter = e.y;
+    const bool queue = item.items > static_cast<int>(gridDim.x);
     int taken = 0;
-    if (threadIdx.x == 0) taken = atomicAdd(p.counters, 1);
+    if (queue && threadIdx.x == 0) taken = atomicAdd(p.counters, 1);
+    OwnToken<kDim> own;
+    own.Load(p, item, warp);
     __syncthreads();  // nobody reads the stages any more
     StoreForMerge<kDim>(acc, shared, warp);
     __syncthreads();
-    const int4 d = words[2], e = words[3];
-    item.items = words[0].w, item.split = d.z, item.splits = d.w, item.slot = e.x, item.counter = e.y;
-    if (threadIdx.x == 0) {
+    if (queue && threadIdx.x == 0) {
       if (taken == item.items - 1) *p.counters = 0;
       StoreShared4(base + L::kNext, static_cast<uint32_t>(taken) + gridDim.x);
     }
-    MergeWarps<kDim>(p, item, shared);
+    MergeWarps<kDim>(p, item, own, shared);
     if (item.splits > 1) MergeSplits<kDim>(p, item, shared);
+    if (!queue) return;
     FenceProxyAsync();  // the next copies go where the warps have merged
     __syncthreads();
     index = static_cast<int>(LoadShared4(base + L::kNext));
+    if (index >= item.items) return;
   }
 }
 

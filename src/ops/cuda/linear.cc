@@ -6,9 +6,12 @@
 #include <array>
 #include <limits>
 #include <map>
+#include <tuple>
 #include <vector>
 
 #include "base/check.h"
+#include "ops/cuda/fp8_product.h"
+#include "ops/cuda/fp8_rows.h"
 
 namespace triaxial::cuda {
 namespace {
@@ -44,9 +47,9 @@ cudaDataType TypeOf(Element element) { return element == Element::kF32 ? CUDA_R_
 // A product of one shape and number of rows. In cuBLAS's column-major view it is Y^T = W X^T.
 class Product {
  public:
-  Product(const LinearShape& shape, int64_t rows)
-      : weights_(CUDA_R_16BF, shape.in, shape.out),
-        input_(CUDA_R_16BF, shape.in, rows),
+  Product(const LinearShape& shape, bool fp8, int64_t rows)
+      : weights_(fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16BF, shape.in, shape.out),
+        input_(fp8 ? CUDA_R_8F_E4M3 : CUDA_R_16BF, shape.in, rows),
         output_(TypeOf(shape.output), shape.out, rows),
         beta_(shape.epilogue == Epilogue::kAdd ? 1.0f : 0.0f),
         bias_(shape.bias) {
@@ -60,12 +63,21 @@ class Product {
                                               : (gelu ? CUBLASLT_EPILOGUE_GELU : CUBLASLT_EPILOGUE_DEFAULT);
     Set(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     if (bias_) Set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, TypeOf(shape.output));
+    if (fp8) {
+      // Element (i, j) of the product times weight scale i and input scale j.
+      constexpr cublasLtMatmulMatrixScale_t kOuter = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+      Set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, kOuter);
+      Set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, kOuter);
+    }
   }
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
   ~Product() { cublasLtMatmulDescDestroy(operation_); }
 
-  std::vector<cublasLtMatmulAlgo_t> Propose(cublasLtHandle_t handle, int count) {
+  // With FP8 weights cuBLASLt proposes nothing before it has seen pointers to scales.
+  std::vector<cublasLtMatmulAlgo_t> Propose(cublasLtHandle_t handle, const LinearWeights& linear,
+                                            const float* x_scales, int count) {
+    SetScales(linear, x_scales);
     cublasLtMatmulPreference_t preference = nullptr;
     CublasOk(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -85,9 +97,12 @@ class Product {
     return algorithms;
   }
 
-  cublasStatus_t Run(cublasLtHandle_t handle, const LinearWeights& linear, const void* x, void* y,
-                     const cublasLtMatmulAlgo_t& algorithm, void* workspace, cudaStream_t stream) {
+  // x: of the weights' type; x_scales: with FP8 weights alone.
+  cublasStatus_t Run(cublasLtHandle_t handle, const LinearWeights& linear, const void* x,
+                     const float* x_scales, void* y, const cublasLtMatmulAlgo_t& algorithm, void* workspace,
+                     cudaStream_t stream) {
     if (bias_) Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, linear.bias);
+    SetScales(linear, x_scales);
     const float one = 1.0f;
     return cublasLtMatmul(handle, operation_, &one, linear.weights, weights_, x, input_, &beta_, y, output_,
                           y, output_, &algorithm, workspace, kWorkspaceBytes, stream);
@@ -96,6 +111,11 @@ class Product {
   cublasLtMatmulAlgo_t algorithm;
 
  private:
+  void SetScales(const LinearWeights& linear, const float* x_scales) {
+    if (linear.scales == nullptr) return;
+    Set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, linear.scales);
+    Set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, x_scales);
+  }
   template <typename T>
   void Set(cublasLtMatmulDescAttributes_t attribute, const T& value) {
     CublasOk(cublasLtMatmulDescSetAttribute(operation_, attribute, &value, sizeof(value)),
@@ -108,12 +128,29 @@ class Product {
   bool bias_;
 };
 
+// Whether an FP8 product of so many rows is Fp8Product's.
+bool OwnProduct(const LinearShape& shape, int64_t rows) {
+  return HasFp8Product(rows, shape.in, shape.out) && !shape.bias &&
+         (shape.epilogue == Epilogue::kNone || shape.epilogue == Epilogue::kAdd);
+}
+
 }  // namespace
 
 struct LinearRunner::State {
   cublasLtHandle_t handle = nullptr;
   DeviceBuffer workspace{kWorkspaceBytes};
-  std::map<std::pair<LinearShape, int64_t>, std::unique_ptr<Product>> products;
+  std::map<std::tuple<LinearShape, bool, int64_t>, std::unique_ptr<Product>> products;  // shape, FP8, rows
+  DeviceBuffer fp8_input, fp8_scales;
+
+  // x as the product reads it.
+  const void* InputOf(const LinearWeights& linear, const void* x, int64_t rows, cudaStream_t stream) {
+    if (linear.scales == nullptr) return x;
+    CHECK(static_cast<size_t>(rows * linear.shape.in) <= fp8_input.size() &&
+          static_cast<size_t>(rows) * sizeof(float) <= fp8_scales.size());
+    QuantizeRows(static_cast<const uint16_t*>(x), rows, linear.shape.in, fp8_input.data(),
+                 fp8_scales.data<float>(), stream);
+    return fp8_input.data();
+  }
 
   State() { CublasOk(cublasLtCreate(&handle), "cublasLtCreate"); }
   ~State() { cublasLtDestroy(handle); }
@@ -122,16 +159,31 @@ struct LinearRunner::State {
 LinearRunner::LinearRunner() : state_(std::make_unique<State>()) {}
 LinearRunner::~LinearRunner() = default;
 
+void LinearRunner::ReserveFp8(int64_t rows, int64_t columns) {
+  state_->fp8_input.Reserve(static_cast<size_t>(rows * columns));
+  state_->fp8_scales.Reserve<float>(rows);
+}
+
 void LinearRunner::Run(const LinearWeights& linear, const void* x, int64_t rows, void* y,
                        cudaStream_t stream) {
   if (rows == 0) return;
-  std::unique_ptr<Product>& product = state_->products[{linear.shape, rows}];
+  const bool fp8 = linear.scales != nullptr;
+  const LinearShape& shape = linear.shape;
+  const void* input = state_->InputOf(linear, x, rows, stream);
+  if (fp8 && OwnProduct(shape, rows)) {
+    Fp8Product(static_cast<const uint8_t*>(linear.weights), linear.scales, static_cast<const uint8_t*>(input),
+               state_->fp8_scales.data<float>(), rows, shape.in, shape.out, shape.output,
+               shape.epilogue == Epilogue::kAdd, y, stream);
+    return;
+  }
+  std::unique_ptr<Product>& product = state_->products[{linear.shape, fp8, rows}];
   if (product == nullptr) {
-    auto made = std::make_unique<Product>(linear.shape, rows);
-    made->algorithm = made->Propose(state_->handle, 1).front();
+    auto made = std::make_unique<Product>(linear.shape, fp8, rows);
+    made->algorithm = made->Propose(state_->handle, linear, state_->fp8_scales.data<float>(), 1).front();
     product = std::move(made);
   }
-  CublasOk(product->Run(state_->handle, linear, x, y, product->algorithm, state_->workspace.data(), stream),
+  CublasOk(product->Run(state_->handle, linear, input, state_->fp8_scales.data<float>(), y,
+                        product->algorithm, state_->workspace.data(), stream),
            "cublasLtMatmul");
 }
 
@@ -141,7 +193,10 @@ void LinearRunner::Tune(std::span<const LinearWeights> layers, void* x, int64_t 
   const LinearShape& shape = layers.front().shape;
   // An algorithm that reads small inputs in another way is chosen on numbers, not on whatever lies there.
   CUDA_OK(cudaMemsetAsync(x, 0x3c, static_cast<size_t>(rows * shape.in * 2), stream));
-  auto product = std::make_unique<Product>(shape, rows);
+  const bool fp8 = layers.front().scales != nullptr;
+  if (fp8 && OwnProduct(shape, rows)) return;
+  auto product = std::make_unique<Product>(shape, fp8, rows);
+  const void* input = state_->InputOf(layers.front(), x, rows, stream);
   cudaEvent_t begin, end;
   CUDA_OK(cudaEventCreate(&begin));
   CUDA_OK(cudaEventCreate(&end));
@@ -151,15 +206,16 @@ void LinearRunner::Tune(std::span<const LinearWeights> layers, void* x, int64_t 
   const int rounds = rows <= kSmallRows ? 3 : 1;
   const int runs = rows <= kSmallRows ? 16 : 8;
   float best = std::numeric_limits<float>::infinity();
-  const std::vector<cublasLtMatmulAlgo_t> algorithms = product->Propose(state_->handle, kCandidates);
+  const std::vector<cublasLtMatmulAlgo_t> algorithms =
+      product->Propose(state_->handle, layers.front(), state_->fp8_scales.data<float>(), kCandidates);
   for (int round = 0; round < rounds; ++round) {
     for (const cublasLtMatmulAlgo_t& algorithm : algorithms) {
       bool ran = true;
       for (int i = 0; i < kWarm + runs && ran; ++i) {
         if (i == kWarm) CUDA_OK(cudaEventRecord(begin, stream));
         const LinearWeights& linear = layers[static_cast<size_t>(i) % layers.size()];
-        ran = product->Run(state_->handle, linear, x, y, algorithm, state_->workspace.data(), stream) ==
-              CUBLAS_STATUS_SUCCESS;
+        ran = product->Run(state_->handle, linear, input, state_->fp8_scales.data<float>(), y, algorithm,
+                           state_->workspace.data(), stream) == CUBLAS_STATUS_SUCCESS;
       }
       if (!ran) continue;
       CUDA_OK(cudaEventRecord(end, stream));
@@ -175,7 +231,7 @@ void LinearRunner::Tune(std::span<const LinearWeights> layers, void* x, int64_t 
   CUDA_OK(cudaEventDestroy(begin));
   CUDA_OK(cudaEventDestroy(end));
   if (best == std::numeric_limits<float>::infinity()) throw CudaError("no algorithm of cuBLASLt runs");
-  state_->products[{shape, rows}] = std::move(product);
+  state_->products[{shape, fp8, rows}] = std::move(product);
 }
 
 }  // namespace triaxial::cuda

@@ -37,6 +37,19 @@ __device__ inline float BlockSum(float x, float* scratch) {
   return x;
 }
 
+// The same for the largest value; x >= 0.
+__device__ inline float BlockMax(float x, float* scratch) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  // Floats that are not negative are in the order of their bits.
+  uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(x));
+  if (lane == 0) scratch[warp] = __uint_as_float(bits);
+  __syncthreads();
+  bits = lane < static_cast<int>(blockDim.x) / 32 ? __float_as_uint(scratch[lane]) : 0;
+  bits = __reduce_max_sync(~0u, bits);
+  __syncthreads();
+  return __uint_as_float(bits);
+}
+
 }  // namespace triaxial::cuda
 
 #endif  // TRIAXIAL_OPS_CUDA_NUMBERS_CUH_

@@ -149,6 +149,17 @@ __device__ __forceinline__ uint32_t F16FromE4m3(uint16_t x) {
   return r;
 }
 
+// An addition that releases what came before it, of the whole thread block behind a barrier, and acquires
+// what others released by it. The value before.
+__device__ __forceinline__ int AtomicAddAcqRel(int* to, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
+  return before;
+}
+
 }  // namespace triaxial::cuda
 
 #endif  // TRIAXIAL_OPS_CUDA_PTX_CUH_
