@@ -28,22 +28,6 @@ class Pictures {
   std::map<std::string, std::shared_ptr<const ImagePatches>> known_;
 };
 
-std::vector<KvToken> TokensOf(const Prompt& prompt) {
-  std::vector<KvToken> tokens;
-  tokens.reserve(prompt.tokens.size());
-  const std::vector<Tag> tags = TagTokens(prompt.spans, static_cast<int32_t>(prompt.tokens.size()));
-  for (size_t i = 0; i < tags.size(); ++i) {
-    tokens.push_back({ContentId::OfToken(prompt.tokens[i]), static_cast<uint8_t>(tags[i].index())});
-  }
-  for (const PromptImage& image : prompt.images) {
-    for (int32_t i = 0; i < image.tokens; ++i) {
-      tokens[static_cast<size_t>(image.begin + i)].content =
-          ContentId::OfPicture(image.patches->hash_lo, image.patches->hash_hi, i);
-    }
-  }
-  return tokens;
-}
-
 Result<Record> ReadRecord(Json json, const std::string& file, size_t line, const ChatTemplate& chat_template,
                           Pictures* pictures) {
   Record record;
@@ -67,7 +51,7 @@ Result<Record> ReadRecord(Json json, const std::string& file, size_t line, const
   ASSIGN_OR_RETURN(const Prompt prompt,
                    chat_template.Render(conversation, images, PreprocessorConfig{}.merge_size, options));
   record.screenshots = !images.empty();
-  record.tokens = TokensOf(prompt);
+  AppendKvTokens(prompt, &record.tokens);
   return record;
 }
 

@@ -22,7 +22,7 @@ __global__ void ReadAll(const uint4* x, int64_t n, uint32_t* out) {
   if (sum == 0x12345678) *out = sum;  // keeps the reads alive
 }
 
-// Not cudaMemcpyAsync: in a graph it is left to a copy engine, which takes two thirds of the bandwidth.
+// Not cudaMemcpyAsync: in a graph it moved 2.7 TB/s on an H200 that reads 4.5.
 __global__ void CopyAll(const uint4* x, int64_t n, uint4* out) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
 #pragma unroll 8

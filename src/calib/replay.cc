@@ -18,18 +18,8 @@ int64_t LaneRows(const KvGeometry& geometry, int32_t longest) {
 }
 
 std::vector<KvToken> TokensOf(const RecordedStep& step) {
-  const Prompt& prompt = step.prompt;
   std::vector<KvToken> tokens;
-  const std::vector<Tag> tags = TagTokens(prompt.spans, static_cast<int32_t>(prompt.tokens.size()));
-  for (size_t i = 0; i < tags.size(); ++i) {
-    tokens.push_back({ContentId::OfToken(prompt.tokens[i]), static_cast<uint8_t>(tags[i].index())});
-  }
-  for (const PromptImage& image : prompt.images) {
-    for (int32_t i = 0; i < image.tokens; ++i) {
-      tokens[static_cast<size_t>(image.begin + i)].content =
-          ContentId::OfPicture(image.patches->hash_lo, image.patches->hash_hi, i);
-    }
-  }
+  AppendKvTokens(step.prompt, &tokens);
   for (size_t i = 0; i < step.output.size(); ++i) {
     tokens.push_back({ContentId::OfToken(step.output[i]), step.tags[i]});
   }

@@ -105,16 +105,7 @@ Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const Engi
   state->history = TokenHistory(request.sampling, prompt.tokens);
 
   state->kv_tokens.reserve(static_cast<size_t>(state->max_length));
-  const std::vector<Tag> tags = TagTokens(prompt.spans, tokens);
-  for (size_t i = 0; i < tags.size(); ++i) {
-    state->kv_tokens.push_back({ContentId::OfToken(prompt.tokens[i]), static_cast<uint8_t>(tags[i].index())});
-  }
-  for (const PromptImage& image : prompt.images) {
-    for (int32_t i = 0; i < image.tokens; ++i) {
-      state->kv_tokens[static_cast<size_t>(image.begin + i)].content =
-          ContentId::OfPicture(image.patches->hash_lo, image.patches->hash_hi, i);
-    }
-  }
+  AppendKvTokens(prompt, &state->kv_tokens);
   state->salt = request.salt;
   state->tenant = request.tenant;
   state->min_format = request.min_format;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "io/image_processor.h"
+#include "kv/block.h"
 #include "kv/tag.h"
 
 namespace triaxial {
@@ -22,6 +23,9 @@ struct Prompt {
   std::vector<TagSpan> spans;       // sorted, without gaps or empty spans, covering all tokens
   std::vector<PromptImage> images;  // in order of appearance
 };
+
+// What the cache is to know of the prompt's tokens: a token's id or its place in a picture, and its tag.
+void AppendKvTokens(const Prompt& prompt, std::vector<KvToken>* out);
 
 }  // namespace triaxial
 

@@ -9,31 +9,20 @@ import threading
 import time
 import unittest
 
-from server import Server, greedy_cases, http_post
+from server import ServerCase, greedy_cases, http_post
 
 ENDLESS = {"max_tokens": 20000, "ignore_eos": True}
 
 
-class HangUpTest(unittest.TestCase):
-    """One server for a class; after each test nothing is left in it, by all that it says of itself."""
-
-    ARGS = ()
-
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server(*cls.ARGS)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.server.stop()
+class HangUpTest(ServerCase):
+    """After each test nothing is left in the server, by all that it says of itself."""
 
     def tearDown(self):
         self.gone(10)
 
     def gone(self, seconds=1):
         """Everything is released."""
-        load = self.server.wait_for(lambda *load: load == (0, 0, 0), seconds)
-        self.assertEqual(load, (0, 0, 0), "running, waiting, tokens")
+        self.nothing_left(seconds)
         status, page = self.server.request("GET", "/v1/kv")
         self.assertEqual((status, page["usage"], page["integrity_errors"]), (200, 0, 0), page)
         self.assertEqual(page["cached_tokens"], sum(f["tokens"] for f in page["formats"].values()))

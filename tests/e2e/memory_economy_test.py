@@ -7,7 +7,7 @@ import tempfile
 import time
 import unittest
 
-from server import Server
+from server import Server, ServerCase
 
 # Greedy, in F32 and with BF16 blocks: a hit must not change a single token.
 EXACT = ("--dtype", "f32", "--kv-policy", "bf16")
@@ -34,14 +34,8 @@ def total(server, name):
     return sum(server.metrics()[f"triaxial_{name}"].values())
 
 
-class ReuseTest(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server(*EXACT)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.server.stop()
+class ReuseTest(ServerCase):
+    ARGS = EXACT
 
     def test_a_second_request_finds_the_blocks_of_the_first(self):
         salt = {"cache_salt": "second"}

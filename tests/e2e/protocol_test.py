@@ -5,7 +5,7 @@ import os
 import threading
 import unittest
 
-from server import Server, data_url, http_post, read_status
+from server import Server, ServerCase, data_url, http_post, read_status
 
 USER = [{"role": "user", "content": "Hello."}]
 
@@ -15,22 +15,11 @@ def image_message(url):
                                          {"type": "text", "text": "What is this?"}]}]
 
 
-class ServerTest(unittest.TestCase):
-    """One server for a class; after each test it answers, and nothing is left in the cache."""
-
-    ARGS = ()
-
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server(*cls.ARGS)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.server.stop()
+class ServerTest(ServerCase):
+    """After each test the server answers, and nothing is left in the cache."""
 
     def tearDown(self):
-        load = self.server.wait_for(lambda *load: load == (0, 0, 0), 1)
-        self.assertEqual(load, (0, 0, 0), "running, waiting, tokens left after the test")
+        self.nothing_left(1)
         status, answer = self.server.chat(messages=USER, max_tokens=2)
         self.assertEqual(status, 200, answer)
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 import time
+import unittest
 
 BINARY = os.environ.get("TRIAXIAL_BINARY", "build/release/triaxial")
 DATA = "tests/data/e2e"
@@ -129,6 +130,25 @@ class Server:
             if condition(*load) or time.monotonic() > end:
                 return load
             time.sleep(0.02)
+
+
+class ServerCase(unittest.TestCase):
+    """One server for a class."""
+
+    ARGS = ()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server(*cls.ARGS)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.stop()
+
+    def nothing_left(self, seconds):
+        """No request runs or waits, and none holds tokens; at the latest so soon."""
+        load = self.server.wait_for(lambda *load: load == (0, 0, 0), seconds)
+        self.assertEqual(load, (0, 0, 0), "running, waiting, tokens left after the test")
 
 
 def read_status(connection):

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import unittest
 
-from server import BINARY, Server, greedy_cases, http_post
+from server import BINARY, Server, ServerCase, greedy_cases, http_post
 
 USER = [{"role": "user", "content": "Hello."}]
 LONG = {"prompt": [5] * 40, "max_tokens": 20000, "ignore_eos": True}
@@ -79,15 +79,7 @@ class QueueTest(unittest.TestCase):
         server.stop()
 
 
-class PagesTest(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.server = Server()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.server.stop()
-
+class PagesTest(ServerCase):
     def test_the_blocks_of_a_running_answer(self):
         server = self.server
         with server.connect() as connection:
