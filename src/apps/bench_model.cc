@@ -80,7 +80,7 @@ class BenchSequences {
     const std::vector<TokenDraw> draws(ids_.size());
     const Clock::time_point begin = Clock::now();
     if (model_->samples())
-      model_->ForwardAndSample(batch_, memory_.get(), draws, tokens_.data(), nullptr);
+      model_->ForwardAndSample(batch_, memory_.get(), draws, tokens_.data(), nullptr, [] {});
     else
       model_->Forward(batch_, memory_.get(), logits_.data());
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();

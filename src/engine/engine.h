@@ -89,7 +89,7 @@ class Engine {
   virtual const Policy& policy() const = 0;
   virtual int32_t max_model_len() const = 0;
   // Per block of a running or recently finished request: position, tokens, need, format, users, history.
-  // Thread-safe; empty for unknown ids.
+  // Thread-safe; empty for unknown ids. Called from on_event, it counts what the step under way computes.
   virtual std::vector<KvBlock> InspectBlocks(RequestId id) = 0;
   // Counts the cache again between two steps. A violation is reported and counted; then nothing cached is
   // found any more, and what runs goes on. Thread-safe.

@@ -10,6 +10,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "base/reserve.h"
 
 namespace triaxial {
 namespace {
@@ -43,7 +44,9 @@ EngineLoop::EngineLoop(std::unique_ptr<Model> model, std::unique_ptr<KvMemory> m
       cache_(context.geometry, memory_->total_rows(), context.needs),
       scheduler_({options.max_running, options.max_step_tokens}, &cache_, &backing_),
       executor_(model_.get(), memory_.get(), context.preprocessor),
-      check_when_idle_(options.check_when_idle) {}
+      check_when_idle_(options.check_when_idle) {
+  events_.reserve(2);
+}
 
 void EngineLoop::Run() {
   Clock::time_point since = Clock::now();
@@ -55,20 +58,21 @@ void EngineLoop::Run() {
         CHECK(cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
       }
       PublishSnapshot();
+      SendEvents();
       if (!mailbox_->Wait()) return SaveSessions();
       since = Clock::now();
       continue;
     }
     if (may_be_late_) FailLate();
+    if (any_deaf_) CancelDeaf();
     RunStep();
-    RemoveFinished();
     const Clock::time_point now = Clock::now();
     busy_seconds_ += Seconds(std::exchange(since, now), now);
-    PublishSnapshot();
   }
 }
 
 void EngineLoop::TakeMail() {
+  next_plan_ready_ = false;
   mailbox_->Take(&mail_);
   for (std::unique_ptr<RequestState>& request : mail_.submitted) Accept(std::move(request));
   const auto cancel = [this](RequestState* request) {
@@ -80,7 +84,6 @@ void EngineLoop::TakeMail() {
   if (mail_.cancel_all) {
     for (auto& [id, request] : requests_) cancel(request.get());
   }
-  RemoveFinished();
   for (Inspection& inspection : mail_.inspections) {
     try {
       inspection.blocks.set_value(BlocksOf(inspection.id));
@@ -100,24 +103,34 @@ void EngineLoop::Accept(std::unique_ptr<RequestState> request) {
   RequestState* accepted = request.get();
   may_be_late_ = may_be_late_ || request->deadline != Clock::time_point::max();
   try {
+    ReserveAtLeast(&events_, 2 * (requests_.size() + 2));
     std::unique_ptr<RequestState>& place = requests_[request->id];
     place = std::move(request);
     scheduler_.Enqueue(accepted);
   } catch (const std::bad_alloc&) {
     Finish(accepted, FinishReason::kError,
            Internal(Sentence("the server has no memory left to queue the request; send it again")));
+    SendEvents();
   }
 }
 
 void EngineLoop::RunStep() {
   try {
-    scheduler_.MakePlan(&plan_);
+    if (std::exchange(next_plan_ready_, false)) {
+      std::swap(plan_, next_plan_);
+    } else {
+      scheduler_.MakePlan(&plan_);
+    }
     if (!EncodeImages()) return;
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
-    if (!step_.empty()) {
+    if (step_.empty()) {
+      PublishSnapshot();
+      SendEvents();
+    } else {
+      if (!model_->samples()) WhileModelRuns();  // which then computes on this thread
       const Clock::time_point begin = Clock::now();
-      executor_.Run(step_);
+      executor_.Run(step_, [this] { WhileModelRuns(); });
       model_seconds_ += Seconds(begin, Clock::now());
     }
     if (scheduler_.waits_for_blocks()) backing_.WaitForFetched();
@@ -126,7 +139,7 @@ void EngineLoop::RunStep() {
   } catch (...) {
     return FailStep("unknown exception");
   }
-  scheduler_.FinishStep();
+  if (scheduler_.FinishStep()) next_plan_ready_ = false;
   ++steps_;
   for (size_t i = 0; i < step_.items.size(); ++i) {
     try {
@@ -137,6 +150,17 @@ void EngineLoop::RunStep() {
   }
   auto* fails = static_cast<RequestState*>(plan_.fail);
   if (fails != nullptr && !fails->finished) FailForMemory(fails);
+}
+
+// Nothing here may touch what the step reads: no blocks are freed, and nobody is removed from the scheduler.
+void EngineLoop::WhileModelRuns() {
+  PublishSnapshot();
+  SendEvents();
+  try {
+    scheduler_.MakePlan(&next_plan_);
+    next_plan_ready_ = next_plan_.stands_after_step();
+  } catch (const std::bad_alloc&) {  // it will be made when the step is over, or fail there
+  }
 }
 
 // What the vision tower throws is the trouble of that picture's request alone; false: plan anew without it.
@@ -186,7 +210,6 @@ void EngineLoop::FailLate() {
                                      std::min(request->computed, request->prompt_tokens),
                                      request->prompt_tokens, request->output_tokens())));
   }
-  RemoveFinished();
 }
 
 // Samples the next token of a sequence if the step reached its last one.
@@ -227,7 +250,7 @@ void EngineLoop::TakeToken(size_t item) {
     event.finish = FinishReason::kLength;
   }
   if (event.finish != FinishReason::kNone) return Finish(request, std::move(event));
-  if (!Send(request, std::move(event))) Finish(request, FinishReason::kCancelled, OkStatus());
+  events_.emplace_back(request, std::move(event));
 }
 
 // Whatever a step left behind belongs to the sequences that it had got to: they fail, the others go on. Where
@@ -263,8 +286,9 @@ void EngineLoop::Finish(RequestState* request, FinishReason reason, Status error
   Finish(request, std::move(event));
 }
 
-// Frees the request's memory, then sends its last event.
+// Frees the request's memory; its last event goes to those to be sent.
 void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
+  next_plan_ready_ = false;
   event.id = request->id;
   event.stats = StatsOf(*request);
   if (request->cache_id != 0) {
@@ -278,14 +302,33 @@ void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
   scheduler_.Remove(request);
   if (!request->started) mailbox_->LeaveQueue(request->tenant);
   request->finished = any_finished_ = true;
-  RequestStats stats = event.stats;
-  if (Send(request, std::move(event))) return;
-  TokenEvent again;  // somebody waits for an end
-  again.id = request->id;
-  again.finish = FinishReason::kError;
-  again.error = Internal(Sentence("the end of the answer could not be delivered"));
-  again.stats = std::move(stats);
-  Send(request, std::move(again));
+  events_.emplace_back(request, std::move(event));
+}
+
+void EngineLoop::SendEvents() {
+  for (auto& [request, event] : events_) {
+    if (event.finish == FinishReason::kNone) {
+      if (!request->deaf && !Send(request, std::move(event))) request->deaf = any_deaf_ = true;
+      continue;
+    }
+    TokenEvent again;  // if it cannot be delivered: somebody waits for an end
+    again.id = request->id;
+    again.finish = FinishReason::kError;
+    again.stats = event.stats;
+    if (Send(request, std::move(event))) continue;
+    again.error = Internal(Sentence("the end of the answer could not be delivered"));
+    Send(request, std::move(again));
+  }
+  events_.clear();
+  if (!std::exchange(any_finished_, false)) return;
+  std::erase_if(requests_, [](const auto& entry) { return entry.second->finished; });
+}
+
+void EngineLoop::CancelDeaf() {
+  any_deaf_ = false;
+  for (auto& [id, request] : requests_) {
+    if (request->deaf && !request->finished) Finish(request.get(), FinishReason::kCancelled, OkStatus());
+  }
 }
 
 // False if the receiver failed.
@@ -298,11 +341,6 @@ bool EngineLoop::Send(RequestState* request, TokenEvent&& event) {
     spdlog::error("the receiver of request {} failed: {}", request->id, e.what());
     return false;
   }
-}
-
-void EngineLoop::RemoveFinished() {
-  if (!std::exchange(any_finished_, false)) return;
-  std::erase_if(requests_, [](const auto& entry) { return entry.second->finished; });
 }
 
 RequestStats EngineLoop::StatsOf(const RequestState& request) const {

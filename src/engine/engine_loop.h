@@ -1,4 +1,7 @@
-// The engine thread's work: take messages, plan, run a step, sample, tell. Owns model, arena and cache.
+// The engine thread's work: take messages, plan, run a step, sample, tell. Owns model, arena and cache. What
+// need not be done between steps is done while the model runs, where it runs beside the host: the events of
+// the step before are sent, and the next step is planned (and planned anew if what was expected did not
+// happen).
 #ifndef TRIAXIAL_ENGINE_ENGINE_LOOP_H_
 #define TRIAXIAL_ENGINE_ENGINE_LOOP_H_
 
@@ -43,6 +46,7 @@ class EngineLoop {
   void TakeMail();
   void Accept(std::unique_ptr<RequestState> request);
   void RunStep();
+  void WhileModelRuns();
   bool EncodeImages();
   void NoteAdmissions();
   void FailLate();
@@ -53,8 +57,9 @@ class EngineLoop {
   void FailForMemory(RequestState* request);
   void Finish(RequestState* request, FinishReason reason, Status error);
   void Finish(RequestState* request, TokenEvent&& event);
+  void SendEvents();
   bool Send(RequestState* request, TokenEvent&& event);
-  void RemoveFinished();
+  void CancelDeaf();
   RequestStats StatsOf(const RequestState& request) const;
   void PublishSnapshot();
 
@@ -69,11 +74,17 @@ class EngineLoop {
   Executor executor_;
   Sampler sampler_;
   std::unordered_map<RequestId, std::unique_ptr<RequestState>> requests_;
-  bool any_finished_ = false;  // some of requests_ are to be removed
+  // To be sent. There is room for two of each request, a token and an end, and for the end of one more that
+  // cannot be accepted, so that nothing has to be allocated for them.
+  std::vector<std::pair<RequestState*, TokenEvent>> events_;
+  bool any_finished_ = false;  // some of requests_ are to be removed once their events are sent
+  bool any_deaf_ = false;
   // Blocks of requests that finished lately, for those who ask.
   std::deque<std::pair<RequestId, std::vector<BlockHandle>>> recent_;
-  Mail mail_;  // these three keep their memory between steps
+  Mail mail_;  // these four keep their memory between steps
   Plan plan_;
+  Plan next_plan_;
+  bool next_plan_ready_ = false;  // and still holds
   Step step_;
 
   const bool check_when_idle_;

@@ -55,7 +55,7 @@ void Executor::AddVisualRows(const RequestState& request, const Step::Item& item
   }
 }
 
-void Executor::Run(const Step& step) {
+void Executor::Run(const Step& step, const std::function<void()>& meanwhile) {
   batch_.Clear();
   logits_of_.clear();
   draws_.clear();
@@ -78,7 +78,7 @@ void Executor::Run(const Step& step) {
   if (logits_.size() < needed) logits_.resize(needed);
   if (model_->samples()) {
     sampled_.resize(draws_.size());
-    model_->ForwardAndSample(batch_, memory_, draws_, sampled_.data(), logits_.data());
+    model_->ForwardAndSample(batch_, memory_, draws_, sampled_.data(), logits_.data(), meanwhile);
   } else {
     model_->Forward(batch_, memory_, logits_.data());
   }

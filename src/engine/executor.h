@@ -2,6 +2,7 @@
 #ifndef TRIAXIAL_ENGINE_EXECUTOR_H_
 #define TRIAXIAL_ENGINE_EXECUTOR_H_
 
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
@@ -25,8 +26,9 @@ class Executor {
   // passed, so that a prompt with many pictures holds those of one chunk.
   void EncodeImages(RequestState* request, int32_t begin, int32_t count);
 
-  // Runs the model on a step.
-  void Run(const Step& step);
+  // Runs the model on a step; `meanwhile` as in Model::ForwardAndSample, and never where the model does not
+  // sample, because it computes on the caller's thread.
+  void Run(const Step& step, const std::function<void()>& meanwhile);
 
   // Next-token logits of a step's item, for items that end at their sequence's last token; else empty.
   std::span<float> Logits(size_t item);

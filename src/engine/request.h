@@ -75,7 +75,8 @@ struct Request {
   Format min_format = Format::kK2V2;  // cached blocks of fewer bits are prefilled again
   int priority = 0;                   // classes from -100 to 100, higher ones first
   double timeout_seconds = 0;         // from Submit to the last token, then DeadlineExceeded; 0: none
-  // Called on the engine thread for every event, the last of which has finish != kNone. Must not block. If it
+  // Called on the engine thread, mostly while the next step runs, for every event, the last of which has
+  // finish != kNone. Must not block. If it
   // throws it has not taken the event: the request is cancelled; a last event is followed by one more, an
   // error.
   std::function<void(TokenEvent&&)> on_event;

@@ -33,7 +33,8 @@ struct RequestState : Sequence {
   TokenHistory history;
   GenerationTagger tagger;
   bool started = false;    // has been admitted
-  bool finished = false;   // its last event was sent; removed at the end of the step
+  bool finished = false;   // its last event is among those to be sent; removed when it was
+  bool deaf = false;       // its receiver failed; to be cancelled between steps
   int64_t first_step = 0;  // of the cache, when it was admitted
   Clock::time_point submitted;
   Clock::time_point deadline = Clock::time_point::max();

@@ -22,7 +22,9 @@ void InsertInOrder(std::vector<Sequence*>* sequences, Sequence* sequence) {
   sequences->insert(std::upper_bound(sequences->begin(), sequences->end(), sequence, Before), sequence);
 }
 
+// One token more than there are is the one that a step is about to choose: its tag is a guess.
 std::span<const KvToken> TokensOf(const Sequence& sequence, int32_t begin, int32_t count) {
+  if (begin == static_cast<int32_t>(sequence.kv_tokens.size())) return std::span(sequence.kv_tokens).last(1);
   return std::span(sequence.kv_tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(count));
 }
 
@@ -58,6 +60,11 @@ void Plan::Clear() {
   preempt.clear();
   fail = nullptr;
   short_of_memory = false;
+}
+
+bool Plan::stands_after_step() const {
+  return !rows.empty() && fail == nullptr && !short_of_memory &&
+         std::all_of(rows.begin(), rows.end(), [](const Rows& r) { return r.sequence->cache_id != 0; });
 }
 
 void Step::Clear() {
@@ -187,7 +194,7 @@ void Scheduler::MakePlan(Plan* plan) const {
 
   for (size_t i = 0; i < staying; ++i) {
     Sequence* sequence = running_[i];
-    if (sequence->pending() != 1) continue;
+    if (sequence->pending() > 1) continue;
     const int64_t rows = RowsFor(*sequence, 1);
     while (rows > available && staying > i + 1) preempt_last();
     if (rows > available) {
@@ -207,7 +214,7 @@ void Scheduler::MakePlan(Plan* plan) const {
   short_of_memory = short_of_memory || !plan->preempt.empty();
   for (size_t i = 0; i < staying && budget > 0 && plan->fail == nullptr; ++i) {
     Sequence* sequence = running_[i];
-    if (sequence->pending() == 1) continue;
+    if (sequence->pending() <= 1) continue;
     int32_t count = std::min({sequence->pending(), budget, cache_->NextStop(sequence->cache_id)});
     int64_t rows = RowsFor(*sequence, count);
     while (rows > available && count > 0) {
@@ -458,13 +465,17 @@ bool Scheduler::Append(Sequence* sequence, int32_t count, Step* step) {
   return true;
 }
 
-void Scheduler::FinishStep() {
+bool Scheduler::FinishStep() {
   cache_->FinishStep();
-  // Where a matched run began, the sequence is further by its length.
+  bool further = false;
   for (Sequence* sequence : in_step_) {
-    if (sequence->cache_id != 0) sequence->computed = cache_->Length(sequence->cache_id);
+    if (sequence->cache_id == 0) continue;
+    const int32_t length = cache_->Length(sequence->cache_id);
+    further = further || length != sequence->computed;
+    sequence->computed = length;
   }
   in_step_.clear();
+  return further;
 }
 
 std::span<Sequence* const> Scheduler::AbortStep() {

@@ -105,6 +105,9 @@ struct Plan {
   Sequence* fail = nullptr;        // runs, has the arena to itself and does not fit
   bool short_of_memory = false;    // not all rows that could be used were to be had
   void Clear();
+  // Made while a step ran: whether the step's end can be expected to change nothing. It gives back memory,
+  // where that is short, and completes blocks that a prompt to be admitted may share.
+  bool stands_after_step() const;
 };
 
 // What was allocated for a step. Rows are packed in the order of the items.
@@ -134,13 +137,16 @@ class Scheduler {
   // Takes a sequence out, wherever it is (if it is), and gives up its blocks. Only between steps.
   void Remove(Sequence* sequence);
 
+  // Also while a step runs: each sequence that has got to its last token is then taken to want one more.
   void MakePlan(Plan* plan) const;
   // Carries the plan out, except for `fail`. When free rows are scattered, the step takes what fits and the
   // next one begins with a compaction; the items are then the plan's first ones.
   void Commit(const Plan& plan, Step* step);
-  // After the kernels of a step ran; or, if they failed, AbortStep: see KvCache. The latter returns the
-  // sequences whose blocks are not to be trusted, to be removed by the caller. Valid until the next.
-  void FinishStep();
+  // After the kernels of a step ran; or, if they failed, AbortStep: see KvCache. The former returns whether
+  // some sequence met blocks of others and is further than its rows, which a plan made meanwhile does not
+  // know; the latter the sequences whose blocks are not to be trusted, to be removed by the caller, valid
+  // until the next.
+  bool FinishStep();
   std::span<Sequence* const> AbortStep();
   // Who gives way before all others that run; nullptr if nobody runs.
   Sequence* last_running() const { return running_.empty() ? nullptr : running_.back(); }

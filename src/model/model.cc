@@ -110,7 +110,8 @@ int64_t Model::FreeMemory() const {
   return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 4;
 }
 
-void Model::ForwardAndSample(const Batch&, KvMemory*, std::span<const TokenDraw>, int32_t*, float*) {
+void Model::ForwardAndSample(const Batch&, KvMemory*, std::span<const TokenDraw>, int32_t*, float*,
+                             const std::function<void()>&) {
   CHECK(samples());
 }
 

@@ -82,8 +82,11 @@ class Model {
   bool samples() const { return on_gpu(); }
   // Forward, and tokens[i] by draws[i] from the logits of batch.logits_rows[i] (ops/token_draw.h); -1 if they
   // have none above minus infinity. Leaves the logits of row i in logits + i * vocab_size if draws[i].logits.
+  // `meanwhile` is called once, when all work has been given to the device and before it is waited for; it
+  // must not throw, nor touch what the step reads. Where ForwardAndSample throws, it may not have been
+  // called.
   virtual void ForwardAndSample(const Batch& batch, KvMemory* memory, std::span<const TokenDraw> draws,
-                                int32_t* tokens, float* logits);
+                                int32_t* tokens, float* logits, const std::function<void()>& meanwhile);
   // The vision tower on one image; only for models with vision (CHECK).
   virtual VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) = 0;
 };

@@ -53,13 +53,13 @@ class CudaModel : public Model {
     return CudaKvMemory::Create(geometry(), bytes, stream_);
   }
   void Forward(const Batch& batch, KvMemory* memory, float* logits) override {
-    decoder_->Forward(batch, static_cast<const CudaKvMemory&>(*memory), {}, nullptr, logits);
+    decoder_->Forward(batch, static_cast<const CudaKvMemory&>(*memory), {}, nullptr, logits, [] {});
   }
   bool on_gpu() const override { return true; }
   void ForwardAndSample(const Batch& batch, KvMemory* memory, std::span<const TokenDraw> draws,
-                        int32_t* tokens, float* logits) override {
+                        int32_t* tokens, float* logits, const std::function<void()>& meanwhile) override {
     CHECK(draws.size() == batch.logits_rows.size());
-    decoder_->Forward(batch, static_cast<const CudaKvMemory&>(*memory), draws, tokens, logits);
+    decoder_->Forward(batch, static_cast<const CudaKvMemory&>(*memory), draws, tokens, logits, meanwhile);
   }
   VisualFeatures Encode(const ImagePatches& patches, const PreprocessorConfig& preprocessor) override {
     CHECK(vision_ != nullptr);

@@ -112,14 +112,21 @@ bool Decoder::IsDecode(const Batch& batch) {
 }
 
 void Decoder::Forward(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-                      int32_t* tokens, float* logits) {
+                      int32_t* tokens, float* logits, const std::function<void()>& meanwhile) {
   CHECK(draws.empty() || draws.size() == batch.logits_rows.size());
   for (const int32_t token : batch.tokens) CHECK(token >= 0 && token < config_.vocab_size);
   for (const int32_t row : batch.logits_rows) CHECK(row >= 0 && row < batch.rows());
-  if (IsDecode(batch)) {
-    Decode(batch, memory, draws, tokens, logits);
+  const bool decode = IsDecode(batch);
+  if (decode) {
+    Decode(batch, memory, draws, logits);
   } else {
-    Prefill(batch, memory, draws, tokens, logits);
+    Prefill(batch, memory, draws, logits);
+  }
+  meanwhile();
+  CUDA_OK(cudaStreamSynchronize(stream_));
+  const auto* sampled = reinterpret_cast<const int32_t*>(download_.data());
+  for (size_t i = 0; i < draws.size(); ++i) {
+    tokens[i] = sampled[decode ? static_cast<size_t>(batch.logits_rows[i]) : i];
   }
 }
 
@@ -270,7 +277,7 @@ void Decoder::RunLayers(const CudaKvMemory& memory, const Inputs& in, int64_t ro
 }
 
 void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-                      int32_t* tokens, float* logits) {
+                      float* logits) {
   const int64_t rows = batch.rows();
   const int64_t width = config_.hidden_size;
   const auto wanted = static_cast<int64_t>(batch.logits_rows.size());
@@ -294,10 +301,7 @@ void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<
   Upload();
   ConvertKv(geometry_, clip_, memory.region(), in.converts, in.convert_count,
             static_cast<int>(batch.converts.size()), stream_);
-  if (rows == 0) {  // a step that only converts
-    CUDA_OK(cudaStreamSynchronize(stream_));
-    return;
-  }
+  if (rows == 0) return;  // a step that only converts
   PlanAttention(batch);
 
   auto* hidden = hidden_.data<float>();
@@ -323,8 +327,8 @@ void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<
     if (!draws.empty()) {
       SampleTokens(logits_.data<float>(), count, config_.vocab_size, in.draws + first,
                    sampled_.data<int32_t>(), stream_);
-      CUDA_OK(cudaMemcpyAsync(tokens + first, sampled_.data(), static_cast<size_t>(count) * sizeof(int32_t),
-                              cudaMemcpyDeviceToHost, stream_));
+      CUDA_OK(cudaMemcpyAsync(reinterpret_cast<int32_t*>(download_.data()) + first, sampled_.data(),
+                              static_cast<size_t>(count) * sizeof(int32_t), cudaMemcpyDeviceToHost, stream_));
     }
     for (int64_t i = 0; i < count; ++i) {
       if (!draws.empty() && !draws[static_cast<size_t>(first + i)].logits) continue;
@@ -333,11 +337,10 @@ void Decoder::Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<
           static_cast<size_t>(config_.vocab_size) * sizeof(float), cudaMemcpyDeviceToHost, stream_));
     }
   }
-  CUDA_OK(cudaStreamSynchronize(stream_));
 }
 
 void Decoder::Decode(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-                     int32_t* tokens, float* logits) {
+                     float* logits) {
   const int64_t rows = batch.rows();
   const int64_t graph_rows = GraphRows(rows);
   const auto converts = static_cast<int64_t>(batch.converts.size());
@@ -362,8 +365,7 @@ void Decoder::Decode(const Batch& batch, const CudaKvMemory& memory, std::span<c
   PlanAttention(batch);
   CUDA_OK(cudaGraphLaunch(GraphOf(graph_rows, memory), stream_));
 
-  auto* sampled = reinterpret_cast<int32_t*>(download_.data());
-  CUDA_OK(cudaMemcpyAsync(sampled, sampled_.data(), static_cast<size_t>(rows) * sizeof(int32_t),
+  CUDA_OK(cudaMemcpyAsync(download_.data(), sampled_.data(), static_cast<size_t>(rows) * sizeof(int32_t),
                           cudaMemcpyDeviceToHost, stream_));
   for (size_t i = 0; i < batch.logits_rows.size(); ++i) {
     if (!draws.empty() && !draws[i].logits) continue;
@@ -372,8 +374,6 @@ void Decoder::Decode(const Batch& batch, const CudaKvMemory& memory, std::span<c
                             static_cast<size_t>(config_.vocab_size) * sizeof(float), cudaMemcpyDeviceToHost,
                             stream_));
   }
-  CUDA_OK(cudaStreamSynchronize(stream_));
-  for (size_t i = 0; i < draws.size(); ++i) tokens[i] = sampled[batch.logits_rows[i]];
 }
 
 void Decoder::Tune(int64_t rows) {

@@ -5,6 +5,7 @@
 #define TRIAXIAL_MODEL_CUDA_DECODER_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -35,10 +36,10 @@ class Decoder {
   ~Decoder();
 
   // See Model::Forward and Model::ForwardAndSample: tokens[i] and, where a draw asks for them, logits
-  // [i][vocab_size] of batch.logits_rows[i]. Without draws all logits come to the host. Returns when all is
-  // there.
+  // [i][vocab_size] of batch.logits_rows[i]. Without draws all logits come to the host. Calls `meanwhile`
+  // when all is enqueued, and returns when all is there.
   void Forward(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-               int32_t* tokens, float* logits);
+               int32_t* tokens, float* logits, const std::function<void()>& meanwhile);
 
   const KvGeometry& geometry() const { return geometry_; }
   int64_t weight_bytes() const;  // read by one decode step
@@ -76,10 +77,11 @@ class Decoder {
           cudaStream_t stream);
   // Whether every sequence has one row, and nothing else is asked that a graph cannot do.
   static bool IsDecode(const Batch& batch);
+  // Both enqueue everything; sampled tokens go to download_, by row and by logits row.
   void Decode(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-              int32_t* tokens, float* logits);
+              float* logits);
   void Prefill(const Batch& batch, const CudaKvMemory& memory, std::span<const TokenDraw> draws,
-               int32_t* tokens, float* logits);
+               float* logits);
   // Lays out the inputs in pinned memory and says where they will be on the device.
   Inputs LayOut(const Sizes& sizes, bool on_device);
   void Upload();
