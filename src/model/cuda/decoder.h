@@ -1,9 +1,11 @@
 // The decoder on the GPU: the same function as model/decoder.h with BF16 products. Steps in which every
-// sequence has one row run as CUDA graphs, one for each number of rows (rounded up to a few sizes); all
-// others kernel by kernel.
+// sequence has one row run as CUDA graphs, two for each number of rows (rounded up to a few sizes): launching
+// one takes the host about as long as the device takes for two layers, so the device works on the first
+// layers while the host launches the others. All other steps run kernel by kernel.
 #ifndef TRIAXIAL_MODEL_CUDA_DECODER_H_
 #define TRIAXIAL_MODEL_CUDA_DECODER_H_
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -88,11 +90,13 @@ class Decoder {
   void Reserve(int64_t rows, int64_t logits_rows);
   void PlanAttention(const Batch& batch);
   void Tune(int64_t rows);
-  // The layers, from hidden_ to hidden_.
-  void RunLayers(const CudaKvMemory& memory, const Inputs& in, int64_t rows, const Batch* prefill);
+  // Layers [begin, end), from hidden_ to hidden_.
+  void RunLayers(size_t begin, size_t end, const CudaKvMemory& memory, const Inputs& in, int64_t rows,
+                 const Batch* prefill);
   void DropGraphs();
-  void EnqueueDecode(const CudaKvMemory& memory, const Inputs& in, int64_t rows);
-  cudaGraphExec_t GraphOf(int64_t rows, const CudaKvMemory& memory);
+  using Graphs = std::array<cudaGraphExec_t, 2>;  // in the order of their launch; null: not there (yet)
+  void EnqueueDecode(size_t part, const CudaKvMemory& memory, const Inputs& in, int64_t rows);
+  const Graphs& GraphsOf(int64_t rows, const CudaKvMemory& memory);
 
   TextConfig config_;
   KvGeometry geometry_;
@@ -114,10 +118,10 @@ class Decoder {
   int64_t reserved_rows_ = 0;
   int64_t reserved_logits_ = 0;
   DeviceBuffer hidden_, cos_, sin_, normed_, qkv_, heads_, attended_, gate_up_, inner_, logits_, sampled_;
-  StoreList stores_;                           // keeps its memory between steps
-  std::map<int64_t, cudaGraphExec_t> graphs_;  // by rows
-  std::map<int64_t, int> seen_;                // steps by rows, until products have been timed for them
-  CacheRegion graph_region_;                   // the cache that they work on
+  StoreList stores_;                  // keeps its memory between steps
+  std::map<int64_t, Graphs> graphs_;  // by rows
+  std::map<int64_t, int> seen_;       // steps by rows, until products have been timed for them
+  CacheRegion graph_region_;          // the cache that they work on
 };
 
 }  // namespace triaxial::cuda
