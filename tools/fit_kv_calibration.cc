@@ -47,11 +47,12 @@ struct Options {
   bool equalize_values = true;
 };
 
-// A conversation as tokens and pictures, independent of the model's weights.
+// A conversation as tokens and pictures, independent of how the model's cache is calibrated.
 struct Sample {
   Prompt prompt;
   MropePositions positions;
-  std::vector<size_t> predicted;  // rows whose next token the model would have generated
+  std::vector<VisualFeatures> features;  // of the prompt's images, once RunSample has made them
+  std::vector<size_t> predicted;         // rows whose next token the model would have generated
 };
 
 struct Inputs {
@@ -101,19 +102,19 @@ struct Inputs {
 };
 
 // Runs a sample through a cache of `format` and leaves the sequence for reading.
-Result<std::unique_ptr<SingleSequence>> RunSample(Model* model, const Inputs& inputs, const Sample& sample,
-                                                  Format format, int chunk, bool all_logits,
+Result<std::unique_ptr<SingleSequence>> RunSample(Model* model, const Inputs& inputs, Format format,
+                                                  int chunk, bool all_logits, Sample* sample,
                                                   std::vector<float>* logits) {
-  std::vector<VisualFeatures> features;
-  features.reserve(sample.prompt.images.size());
-  std::vector<PlacedImage> placed;
-  for (const PromptImage& image : sample.prompt.images) {
-    features.push_back(model->Encode(*image.patches, inputs.preprocessor));
-    placed.push_back({image.begin, &features.back()});
+  const std::vector<PromptImage>& images = sample->prompt.images;
+  std::vector<VisualFeatures>& features = sample->features;
+  for (size_t i = features.size(); i < images.size(); ++i) {
+    features.push_back(model->Encode(*images[i].patches, inputs.preprocessor));
   }
-  const auto n = static_cast<int32_t>(sample.prompt.tokens.size());
+  std::vector<PlacedImage> placed;
+  for (size_t i = 0; i < images.size(); ++i) placed.push_back({images[i].begin, &features[i]});
+  const auto n = static_cast<int32_t>(sample->prompt.tokens.size());
   ASSIGN_OR_RETURN(std::unique_ptr<SingleSequence> sequence, SingleSequence::Create(model, format, n));
-  RETURN_IF_ERROR(sequence->Append(sample.prompt.tokens, sample.positions.positions, placed, chunk,
+  RETURN_IF_ERROR(sequence->Append(sample->prompt.tokens, sample->positions.positions, placed, chunk,
                                    all_logits ? n : 0, logits));
   return sequence;
 }
@@ -123,10 +124,12 @@ struct Energy {
   std::vector<double> queries, keys;  // [head_dim / 2], of RoPE pairs
   std::vector<double> values;         // [num_kv_heads * head_dim]
 
-  static void Add(const float* x, int64_t heads, int head_dim, std::vector<double>* sums) {
-    sums->resize(static_cast<size_t>(head_dim / 2));
-    for (int64_t i = 0; i < heads * head_dim; ++i) {
-      (*sums)[static_cast<size_t>(i % head_dim % (head_dim / 2))] += double{x[i]} * x[i];
+  // Of `n` numbers those that lie a multiple of `period` apart count as one channel.
+  static void Add(const float* x, int64_t n, int64_t period, std::vector<double>* sums) {
+    sums->resize(static_cast<size_t>(period));
+    double* sum = sums->data();
+    for (const float* end = x + n; x != end; x += period) {
+      for (int64_t i = 0; i < period; ++i) sum[i] += double{x[i]} * x[i];
     }
   }
 };
@@ -197,18 +200,18 @@ double MeanRootKl(const std::vector<float>& p, const std::vector<float>& q, size
 
 // How far a cache of `format` leads from a BF16 one, over what the model says in the samples.
 Result<double> Divergence(const Options& options, const KvCalibration& calibration, Format format,
-                          const Inputs& inputs, const std::vector<Sample>& samples,
+                          const Inputs& inputs, std::vector<Sample>* samples,
                           const std::vector<std::vector<float>>& reference) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Model> model,
                    Model::Load(options.model, {.precision = Precision::kF32, .calibration = calibration}));
   const auto vocab = static_cast<size_t>(model->config().text.vocab_size);
   double mean = 0;
   std::vector<float> logits;
-  for (size_t i = 0; i < samples.size(); ++i) {
+  for (size_t i = 0; i < samples->size(); ++i) {
+    Sample& sample = (*samples)[i];
     ASSIGN_OR_RETURN(const auto sequence,
-                     RunSample(model.get(), inputs, samples[i], format, kClipChunk, true, &logits));
-    mean +=
-        MeanRootKl(reference[i], logits, vocab, samples[i].predicted) / static_cast<double>(samples.size());
+                     RunSample(model.get(), inputs, format, kClipChunk, true, &sample, &logits));
+    mean += MeanRootKl(reference[i], logits, vocab, sample.predicted) / static_cast<double>(samples->size());
   }
   const ClipRatios& c = calibration.clip;
   fmt::print(
@@ -220,7 +223,7 @@ Result<double> Divergence(const Options& options, const KvCalibration& calibrati
 
 // The clip ratio and gain of one side that serve a format best, from no clip on down to half a range.
 Status FitSide(const Options& options, Format format, float ClipRatios::*clip, float ClipRatios::*gain,
-               const Inputs& inputs, const std::vector<Sample>& samples,
+               const Inputs& inputs, std::vector<Sample>* samples,
                const std::vector<std::vector<float>>& reference, KvCalibration* calibration) {
   double best = INFINITY;
   ClipRatios chosen;
@@ -251,13 +254,10 @@ Status Fit(const Options& options) {
   plain_options.observer = [&](int layer, int64_t rows, const float* q, const float* k, const float* v) {
     if (!fitting) return;
     Energy& energy = energies[static_cast<size_t>(layer)];
-    Energy::Add(q, rows * text.num_heads, text.head_dim, &energy.queries);
-    Energy::Add(k, rows * text.num_kv_heads, text.head_dim, &energy.keys);
     const int64_t width = int64_t{text.num_kv_heads} * text.head_dim;
-    energy.values.resize(static_cast<size_t>(width));
-    for (int64_t i = 0; i < rows * width; ++i) {
-      energy.values[static_cast<size_t>(i % width)] += double{v[i]} * v[i];
-    }
+    Energy::Add(q, rows * text.num_heads * text.head_dim, text.head_dim / 2, &energy.queries);
+    Energy::Add(k, rows * width, text.head_dim / 2, &energy.keys);
+    Energy::Add(v, rows * width, width, &energy.values);
   };
   ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(options.model, plain_options));
 
@@ -274,7 +274,7 @@ Status Fit(const Options& options) {
     fitting = i < options.fit;
     std::vector<float> logits;
     ASSIGN_OR_RETURN(const auto sequence,
-                     RunSample(model.get(), inputs, sample, Format::kBf16, kFitChunk, !fitting, &logits));
+                     RunSample(model.get(), inputs, Format::kBf16, kFitChunk, !fitting, &sample, &logits));
     if (fitting) {
       tokens += sequence->length();
     } else {
@@ -310,9 +310,9 @@ Status Fit(const Options& options) {
   }
   if (!samples.empty()) {
     // Values first, beside 4-bit keys, whose errors do not drown theirs; then keys.
-    RETURN_IF_ERROR(FitSide(options, Format::kK4V2, &ClipRatios::v2, &ClipRatios::v2_gain, inputs, samples,
+    RETURN_IF_ERROR(FitSide(options, Format::kK4V2, &ClipRatios::v2, &ClipRatios::v2_gain, inputs, &samples,
                             reference, &calibration));
-    RETURN_IF_ERROR(FitSide(options, Format::kK2V2, &ClipRatios::k2, &ClipRatios::k2_gain, inputs, samples,
+    RETURN_IF_ERROR(FitSide(options, Format::kK2V2, &ClipRatios::k2, &ClipRatios::k2_gain, inputs, &samples,
                             reference, &calibration));
   }
   return SaveKvCalibration(options.output, calibration, text.head_dim);
