@@ -35,7 +35,7 @@ demo: build
 serve: build
 	$(BINARY) serve $(ARGS)
 
-fidelity: configure-release
+fidelity: setup-test configure-release
 	cmake --build --preset release --target triaxial --target hard_checkpoint --target fit_kv_calibration
 	tools/fidelity.sh
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Joins what tools/fidelity.sh measured: bench/results/fidelity-*.json, and the tables and plots of docs/fidelity.md.
 
-    python3 tools/fidelity_report.py build/fidelity SECONDS
+    python3 tools/fidelity_report.py build/fidelity SECONDS PROCESSOR_SECONDS
 
 Tables stand between the markers <!-- NAME --> and <!-- /NAME --> of the page.
 """
@@ -20,6 +20,7 @@ BITS = {"k2v2": 2.25, "k4v2": 3.25, "k4v4": 4.25, "fp8": 8.25, "bf16": 16.0}
 TITLES = {"s1": "the checkpoint as it is", "s8": "key channels times 8", "s32": "key channels times 32",
           "v32": "value channels times 32", "v32-left": "value channels times 32, left as they are",
           "d32": "four directions of each head's values times 32"}
+AXES = ("temporal", "modal", "semantic")
 TAGS_PAY = ("v32-left", "d32")  # compared at equal bytes
 ATTENTION = ("int4", "int2", "calibrated:2.6")  # whose errors are shown by tag, of the checkpoint as it is
 
@@ -105,7 +106,7 @@ def formats_at(policy, budget):
 def keep_axes(policy, axes):
     """As KeepAxes of calib/eval_policy.h."""
     def kept(tag):
-        return tuple(part if axis in axes else "" for axis, part in zip(("temporal", "modal", "semantic"), tag.split("/")))
+        return tuple(part if axis in axes else "" for axis, part in zip(AXES, tag.split("/")))
 
     sums, counts = {}, {}
     for tag, count in policy["counts"].items():
@@ -136,6 +137,24 @@ def predicted(row, policy):
     else:
         return None
     return sum(policy["counts"][t] * policy["distortion"][t].get(f, 0.0) for t, f in table.items() if t in policy["counts"])
+
+
+def affordable(policy):
+    """What a policy that sees one axis can buy on top of 2 bits, and from which budget on: the first four steps."""
+    lines = ["| axis | from this budget on, bits a block |", "|---|---|"]
+    for axis in AXES:
+        source = keep_axes(policy, (axis,))
+        place = AXES.index(axis)
+        steps, before = [], {}
+        for hundredth in range(225, 426):
+            table = formats_at(source, hundredth / 100)
+            now = {t.split("/")[place]: f for t, f in table.items() if f != "k2v2"}
+            if now != before and len(steps) < 4:
+                bought = ", ".join(f"`{tag}` at `{f}`" for tag, f in sorted(now.items()) if before.get(tag) != f)
+                steps.append(f"{hundredth / 100:.2f}: {bought}")
+            before = now
+        lines.append(f"| {axis} | {'; '.join(steps)} |")
+    return "\n".join(lines)
 
 
 def ranks(values):
@@ -240,8 +259,10 @@ def kind_of(row):
         return None
     if row["codec"] == "paper":
         return "paper's codec"
+    if "+" in row["name"]:
+        return "fewer axes"
     if row["name"].startswith("calibrated"):
-        return "fewer axes" if "+" in row["name"] else "calibrated"
+        return "calibrated"
     return "uniform and fixed" if "without" not in row["name"] else None
 
 
@@ -311,14 +332,14 @@ def insert(text, name, content):
 
 
 def main():
-    folder, seconds = sys.argv[1], int(sys.argv[2])
+    folder, seconds, processor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     checkpoints = load(folder)
     with open(PAGE) as file:
         text = file.read()
     lines = ["| checkpoint | allocations | conversations | rank correlation with the error of attention | with root KL | with KL | "
              "correlation of logarithms, root KL | rank correlation of bits alone with root KL |", "|---|---|---|---|---|---|---|---|"]
     for name, data in checkpoints.items():
-        data["fidelity_seconds"] = seconds
+        data |= {"fidelity_seconds": seconds, "fidelity_processor_seconds": processor}
         with open(f"bench/results/fidelity-{name}.json", "w") as file:
             json.dump(data, file, indent=1)
             file.write("\n")
@@ -333,10 +354,14 @@ def main():
             text = insert(text, f"table {name} long", table(data["long"]["policies"]))
         if name in TAGS_PAY:
             text = insert(text, f"equal bytes {name}", comparisons(data["policies"]))
+        if name == "d32":
+            with open(os.path.join(folder, f"{name}.json")) as file:
+                text = insert(text, f"affordable {name}", affordable(json.load(file)))
     text = insert(text, "additivity", "\n".join(lines))
     any_one = next(iter(checkpoints.values()))
     text = insert(text, "run", f"{any_one['conversations']} conversations, {any_one['steps']} steps, {any_one['tokens']} tokens for each "
-                  f"policy; {seconds // 60} minutes {seconds % 60} s in all on {os.cpu_count()} cores.")
+                  f"policy; {seconds // 60} minutes {seconds % 60} s in all on {os.cpu_count()} cores, of which "
+                  f"{processor // 60} minutes {processor % 60} s of one core were used.")
     with open(PAGE, "w") as file:
         file.write(text)
 

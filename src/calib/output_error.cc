@@ -1,6 +1,8 @@
 #include "calib/output_error.h"
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 
 #include "base/check.h"
 
@@ -15,6 +17,25 @@ double MeanOfRatios(const std::vector<OutputErrors::Sums>& layers) {
     if (layer.output > 0) sum += layer.error / layer.output;
   }
   return layers.empty() ? 0 : sum / static_cast<double>(layers.size());
+}
+
+// Several sums side by side, so that additions need not wait for each other.
+void AddSquares(const float* row, const float* exact, int64_t width, OutputErrors::Sums* sums) {
+  constexpr int kSums = 16;
+  double error[kSums] = {};
+  double output[kSums] = {};
+  const auto add = [&](int64_t c, int sum) {
+    const double difference = double{row[c]} - exact[c];
+    error[sum] += difference * difference;
+    output[sum] += double{exact[c]} * exact[c];
+  };
+  int64_t c = 0;
+  for (; c + kSums <= width; c += kSums) {
+    for (int i = 0; i < kSums; ++i) add(c + i, i);
+  }
+  for (; c < width; ++c) add(c, 0);
+  sums->error += std::accumulate(std::begin(error), std::end(error), 0.0);
+  sums->output += std::accumulate(std::begin(output), std::end(output), 0.0);
 }
 
 }  // namespace
@@ -89,17 +110,9 @@ void OutputMeter::Observe(int layer, const float* out) {
         continue;
       }
       const float* exact = outputs.data() + at;
-      double error = 0;
-      double output = 0;
-      for (int64_t c = 0; c < width_; ++c) {
-        const double difference = double{row[c]} - exact[c];
-        error += difference * difference;
-        output += double{exact[c]} * exact[c];
-      }
       OutputErrors& errors = *errors_[piece.lane];
       OutputErrors::Sums& sums = errors.layers[place][piece.tokens[i].tag];
-      sums.error += error;
-      sums.output += output;
+      AddSquares(row, exact, width_, &sums);
       if (place == 0) ++errors.queries[piece.tokens[i].tag];
     }
   }

@@ -162,10 +162,10 @@ int64_t Scheduler::RowsHeld(const Sequence& sequence) const {
 
 // What of a plan's rows is appended now that its sequences are admitted, but for one that is waking. One that
 // blocks woke for begins behind them, in the next plan; and who was admitted before it may have woken a block
-// that it matches, where it ends.
+// that it matches, where it ends. A token that was expected need not have come.
 int32_t Scheduler::CountNow(const Plan::Rows& rows) const {
   if (rows.sequence->cache_id == 0 || rows.begin != rows.sequence->computed) return 0;
-  return std::min(rows.count, cache_->NextStop(rows.sequence->cache_id));
+  return std::min({rows.count, rows.sequence->pending(), cache_->NextStop(rows.sequence->cache_id)});
 }
 
 void Scheduler::MakePlan(Plan* plan) const {

@@ -145,7 +145,10 @@ void Decoder::ShowOutputs(int index, int64_t rows, const float* attended) {
   }
   const auto width = static_cast<int64_t>(factors.size());
   auto* own = q_.Reserve<float>(rows * width);
-  for (int64_t i = 0; i < rows * width; ++i) own[i] = attended[i] * factors[static_cast<size_t>(i % width)];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < width; ++i)
+      own[r * width + i] = attended[r * width + i] * factors[static_cast<size_t>(i)];
+  }
   output_observer_(index, rows, own);
 }
 
