@@ -45,6 +45,21 @@ struct ModelBenchFlags {
   std::string json;
 };
 
+// Random numbers of less than 0.033.
+void FillWithSmallNumbers(Element element, uint8_t* to, size_t bytes) {
+  uint32_t random = 1;
+  const auto next = [&] {
+    random = random * 1664525 + 1013904223;
+    return (static_cast<float>(random >> 16) - 32768.0f) * 1e-6f;
+  };
+  if (element == Element::kF32) {
+    std::generate_n(reinterpret_cast<float*>(to), bytes / sizeof(float), next);
+  } else {
+    std::generate_n(reinterpret_cast<bf16_t*>(to), bytes / sizeof(bf16_t),
+                    [&] { return FloatToBf16(next()); });
+  }
+}
+
 // Sequences in a cache of random content: what a step costs depends on sizes alone.
 class BenchSequences {
  public:
@@ -99,7 +114,7 @@ class BenchSequences {
         cache_(memory_->geometry(), memory_->total_rows(), TagNeeds::ByIndex()),
         formats_(std::move(formats)) {}
 
-  // Small BF16 numbers, which are finite as FP16 metadata too.
+  // Small numbers, which are finite as FP16 metadata too.
   static Status Fill(KvMemory* memory) {
 #ifdef TRIAXIAL_CUDA
     if (const auto* on_device = dynamic_cast<const cuda::CudaKvMemory*>(memory)) {
@@ -116,13 +131,7 @@ class BenchSequences {
     const auto chunk = static_cast<int>(std::clamp<int64_t>(
         static_cast<int64_t>(kChunkBytes / (layers * row_bytes)), 1, memory->total_rows()));
     std::vector<uint8_t> bytes(layers * row_bytes * static_cast<size_t>(chunk));
-    uint32_t random = 1;
-    for (size_t i = 0; i + 1 < bytes.size(); i += 2) {
-      random = random * 1664525 + 1013904223;
-      const bf16_t x = FloatToBf16((static_cast<float>(random >> 16) - 32768.0f) * 1e-6f);
-      bytes[i] = static_cast<uint8_t>(x);
-      bytes[i + 1] = static_cast<uint8_t>(x >> 8);
-    }
+    FillWithSmallNumbers(Element::kBf16, bytes.data(), bytes.size());
     for (int64_t row = 0; row < memory->total_rows(); row += chunk) {
       const auto rows = static_cast<int>(std::min<int64_t>(chunk, memory->total_rows() - row));
       RETURN_IF_ERROR(memory->Write(static_cast<uint32_t>(row), rows, bytes.data()));
@@ -186,7 +195,8 @@ int64_t LayerProducts(const TextConfig& c) {
   return c.num_layers * c.hidden_size * (2 * heads + 2 * kv + int64_t{3} * c.intermediate_size);
 }
 
-// FLOP/s of oneDNN alone on the four products of a layer with `rows` rows.
+// FLOP/s of oneDNN alone on the four products of a layer with `rows` rows. Not of zeros: this much arithmetic
+// makes some processors slower or faster by what is multiplied.
 double ProductRate(const TextConfig& c, Element element, int64_t rows, double seconds) {
   const int64_t heads = int64_t{c.num_heads} * c.head_dim, kv = int64_t{c.num_kv_heads} * c.head_dim;
   const std::pair<int64_t, int64_t> shapes[] = {{c.hidden_size, heads + 2 * kv},
@@ -195,16 +205,19 @@ double ProductRate(const TextConfig& c, Element element, int64_t rows, double se
                                                 {c.intermediate_size, c.hidden_size}};
   LinearCache cache;
   std::vector<Linear> products;
+  std::vector<uint8_t> weights;
   int64_t widest = 0, multiply_adds = 0;
   for (const auto& [in, out] : shapes) {
-    const std::vector<uint8_t> zeros(static_cast<size_t>(in * out * ByteSize(element)));
-    products.emplace_back(&cache, LinearShape{.in = in, .out = out, .input = element}, zeros.data(), nullptr);
+    weights.resize(static_cast<size_t>(in * out * ByteSize(element)));
+    FillWithSmallNumbers(element, weights.data(), weights.size());
+    products.emplace_back(&cache, LinearShape{.in = in, .out = out, .input = element}, weights.data(),
+                          nullptr);
     widest = std::max({widest, in, out});
     multiply_adds += rows * in * out;
   }
   Buffer x, y;
   const size_t bytes = static_cast<size_t>(rows * widest) * sizeof(float);
-  std::fill_n(x.Reserve(bytes), bytes, uint8_t{0});
+  FillWithSmallNumbers(element, x.Reserve(bytes), bytes);
   y.Reserve(bytes);
   const double best = BestSeconds(seconds, [&] {
     for (const Linear& product : products) product.Run(x.data(), rows, y.data());
