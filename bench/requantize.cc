@@ -156,7 +156,7 @@ Sums Measure(const KvGeometry& g, const ClipRatios& clip, int num_heads, const L
 
 // Gaussian queries, keys and values, where 4 of 64 pairs of key channels are loud: far from zero, by nearly
 // the same amount for every token, and 3 times as wide; 2 value channels are 4 times as wide. The rotated
-// codec equalizes keys by the rule of tools/fit_kv_calibration.cc, then transforms.
+// codec equalizes keys by the rule of calib/codec_fit.cc, then transforms.
 Layer Synthetic(const KvGeometry& g, int num_heads, int tokens, uint64_t seed) {
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;

@@ -31,7 +31,7 @@ prepare() {
     s8 | s32 | v32) fit+=(--clip 3 --fit 20) measured=8 ;;
   esac
   build/release/bin/hard_checkpoint --output "$out/$name" "$@"
-  build/release/bin/fit_kv_calibration --model "$out/$name" --conversations "$data/calibration.jsonl" --images "$data" \
+  build/release/bin/fit_kv_calibration --model "$out/$name" --conversations "$data/calibration.jsonl" \
     --output "$out/$name/kv_calibration.json" "${fit[@]}" >"$out/$name-fit.txt"
   if [[ $name == v32 ]]; then return; fi
   build/release/triaxial calibrate --model "$out/$name" --trajectories "$data/calibration.jsonl" --threads 1 \

@@ -111,6 +111,14 @@ Status Run(const Flags& flags) {
     ASSIGN_OR_RETURN(budgets, ParseSweep(flags.sweep));
   }
   ASSIGN_OR_RETURN(Measurement measurement, PrepareMeasurement(flags.measure, {}));
+  if (measurement.meter->model().geometry().codec == Codec::kRotated &&
+      !measurement.meter->model().calibration().calibrated) {
+    std::fprintf(
+        stderr,
+        "%s has no kv_calibration.json, so keys get 4 bits at least; --codec-out %s/kv_calibration.json "
+        "fits one first\n",
+        flags.measure.model.model.c_str(), flags.measure.model.model.c_str());
+  }
   if (!flags.dump.empty()) return DumpConversation(flags.dump, &measurement);
   measurement.options.checkpoint = flags.out + ".partial";
   measurement.options.resume = flags.resume;
@@ -178,6 +186,11 @@ Command AddCalibrate(CLI::App* app) {
   command->add_option("--budget", flags->budget, "Effective bits at rest, metadata included")
       ->capture_default_str();
   command->add_option("--sweep", flags->sweep, "Also print what budgets FROM:TO:STEP are predicted to lose");
+  command->add_option(
+      "--codec-out", flags->measure.codec_out,
+      "First fit the codec to the model on the same conversations (factors of channels, clips, "
+      "gains), write that file and calibrate with it; `serve` reads it as "
+      "kv_calibration.json beside the checkpoint");
   command->add_flag("--fixed", flags->fixed,
                     "Write a fixed table, the exact optimum for the budget, not a priced policy");
   AddMeasureFlags(command, &flags->measure);

@@ -6,6 +6,7 @@
 
 #include "apps/terminal.h"
 #include "base/parallel.h"
+#include "calib/codec_fit.h"
 
 namespace triaxial {
 namespace {
@@ -52,6 +53,40 @@ void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
       ->check(CLI::IsMember({"end", "turn"}));
 }
 
+namespace {
+
+// While it lives, an interrupt from the keyboard is noted; a second one ends the process, as ever.
+class InterruptGuard {
+ public:
+  InterruptGuard()
+      : before_(std::signal(SIGINT, [](int) {
+          interrupted = true;
+          std::signal(SIGINT, SIG_DFL);
+        })) {}
+  ~InterruptGuard() { std::signal(SIGINT, before_); }
+  InterruptGuard(const InterruptGuard&) = delete;
+  InterruptGuard& operator=(const InterruptGuard&) = delete;
+
+ private:
+  void (*before_)(int);
+};
+
+Result<KvCalibration> FitAndSave(const ServedModel& model, const Trajectories& trajectories,
+                                 const std::string& path) {
+  ProgressBar bar("fitting the codec");
+  CodecFitOptions options;
+  options.progress = [&](double fraction) {
+    bar.Update(fraction);
+    return !interrupted.load();
+  };
+  const InterruptGuard guard;
+  ASSIGN_OR_RETURN(KvCalibration calibration, FitCodec(model, trajectories, options));
+  RETURN_IF_ERROR(SaveKvCalibration(path, calibration, model.config.text.head_dim));
+  return calibration;
+}
+
+}  // namespace
+
 Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vector<int>& layers) {
   SetComputeThreads(flags.model.threads);
   Measurement m;
@@ -67,6 +102,12 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
   ModelOptions model_options;
   model_options.precision = PrecisionOf(flags.model.dtype);
   model_options.codec = flags.model.kv_codec == "paper" ? Codec::kPaper : Codec::kRotated;
+  if (!flags.codec_out.empty()) {
+    if (model_options.codec == Codec::kPaper) {
+      return InvalidArgument("--codec-out: the codec 'paper' has no calibration; leave out --kv-codec");
+    }
+    ASSIGN_OR_RETURN(model_options.calibration, FitAndSave(m.model, m.trajectories, flags.codec_out));
+  }
   ASSIGN_OR_RETURN(m.meter,
                    SensitivityMeter::Create(flags.model.model, model_options, m.model.preprocessor, options));
   m.options.max_conversations = flags.max_conversations;
@@ -86,15 +127,8 @@ Result<SensitivityProfile> RunMeasurement(Measurement* m) {
     bar.Update(fraction);
     return !interrupted.load();
   };
-  // A second interrupt ends the process, as ever.
-  const auto before = std::signal(SIGINT, [](int) {
-    interrupted = true;
-    std::signal(SIGINT, SIG_DFL);
-  });
-  Result<SensitivityProfile> profile =
-      Calibrate(m->model, m->trajectories, m->provenance, m->options, m->meter.get());
-  std::signal(SIGINT, before);
-  return profile;
+  const InterruptGuard guard;
+  return Calibrate(m->model, m->trajectories, m->provenance, m->options, m->meter.get());
 }
 
 }  // namespace triaxial

@@ -22,6 +22,7 @@ struct MeasureFlags {
   std::string metric = "mse";
   std::string aggregate = "max";
   std::string tags_at;  // "": turn, or end for the metric kl
+  std::string codec_out;
 };
 // --threads, --dtype, --max-conversations, --max-tokens, --seed.
 void AddMeasureFlags(CLI::App* app, MeasureFlags* flags);
@@ -36,7 +37,8 @@ struct Measurement {
   CalibrationOptions options;
   Json provenance;
 };
-// `layers`: those to replay, or empty for --layers of them.
+// `layers`: those to replay, or empty for --layers of them. With `codec_out` the codec is fitted first, with
+// a progress bar; an interrupt from the keyboard ends it with Cancelled.
 Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vector<int>& layers);
 // Calibrate with a progress bar; an interrupt from the keyboard ends it with Cancelled.
 Result<SensitivityProfile> RunMeasurement(Measurement* measurement);

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/prepare.h"
+
 namespace triaxial {
 namespace {
 
@@ -97,12 +99,7 @@ Result<RecordedStep> MakeStep(const Renderer& renderer, size_t m) {
       step.action = static_cast<int32_t>(i) + 1;
     }
   }
-  std::vector<ImageRun> runs;
-  const int merge = model.preprocessor.merge_size;
-  for (const PromptImage& image : step.prompt.images) {
-    runs.push_back({image.begin, image.patches->grid_h / merge, image.patches->grid_w / merge});
-  }
-  step.positions = ComputePositions(static_cast<int32_t>(before.size()), runs);
+  step.positions = PositionsOf(step.prompt, model.preprocessor);
   return step;
 }
 

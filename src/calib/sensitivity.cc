@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "base/parallel.h"
+#include "engine/prepare.h"
 #include "ops/kv_codec.h"
 
 namespace triaxial {
@@ -150,13 +151,10 @@ Result<ConversationLoss> SensitivityMeter::Measure(const Prompt& prompt,
   CHECK(!prompt.tokens.empty());
   Input input{prompt, TurnsOf(prompt.spans), {}, {}};
   CHECK(input.tokens.size() == prompt.tokens.size());
-  std::vector<ImageRun> runs;
   for (const PromptImage& image : prompt.images) {
-    const int merge = preprocessor_.merge_size;
-    runs.push_back({image.begin, image.patches->grid_h / merge, image.patches->grid_w / merge});
     input.features.push_back(model_->Encode(*image.patches, preprocessor_));
   }
-  input.positions = ComputePositions(static_cast<int32_t>(prompt.tokens.size()), runs);
+  input.positions = PositionsOf(prompt, preprocessor_);
   Result<ConversationLoss> loss = options_.metric == Metric::kKl
                                       ? MeasurePredictions(input, progress)
                                       : MeasureAttention(input, progress, captures);

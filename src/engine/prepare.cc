@@ -88,6 +88,15 @@ TagNeeds NeedsOf(const Policy& policy, const KvGeometry& geometry, const KvCalib
   return needs;
 }
 
+MropePositions PositionsOf(const Prompt& prompt, const PreprocessorConfig& preprocessor) {
+  std::vector<ImageRun> runs;
+  const int merge = preprocessor.merge_size;
+  for (const PromptImage& image : prompt.images) {
+    runs.push_back({image.begin, image.patches->grid_h / merge, image.patches->grid_w / merge});
+  }
+  return ComputePositions(static_cast<int32_t>(prompt.tokens.size()), runs);
+}
+
 Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const EngineContext& context) {
   Prompt& prompt = request.prompt;
   RETURN_IF_ERROR(Validate(request.sampling));
@@ -120,12 +129,7 @@ Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const Engi
         tokens, rows * row_bytes, context.policy.name, context.total_rows * row_bytes));
   }
 
-  std::vector<ImageRun> runs;
-  for (const PromptImage& image : prompt.images) {
-    const int merge = context.preprocessor.merge_size;
-    runs.push_back({image.begin, image.patches->grid_h / merge, image.patches->grid_w / merge});
-  }
-  state->positions = ComputePositions(tokens, runs);
+  state->positions = PositionsOf(prompt, context.preprocessor);
   state->features.resize(prompt.images.size());
   state->tokens.reserve(static_cast<size_t>(state->max_length));
   state->tokens.assign(prompt.tokens.begin(), prompt.tokens.end());

@@ -34,6 +34,9 @@ struct EngineContext {
 TagNeeds NeedsOf(const Policy& policy, const KvGeometry& geometry, const KvCalibration& calibration,
                  bool dummy_weights, double budget_bits);
 
+// Where the tokens of a prompt are for MRoPE, those of its pictures by their grids.
+MropePositions PositionsOf(const Prompt& prompt, const PreprocessorConfig& preprocessor);
+
 // Tags the prompt, computes its positions and what it will take of the arena. InvalidArgument names what is
 // wrong with the prompt or the sampling; TooLarge if the arena is too small for it.
 Result<std::unique_ptr<RequestState>> PrepareRequest(Request request, const EngineContext& context);
