@@ -6,7 +6,7 @@ set -euo pipefail
 
 build=(
   g++ cmake ninja-build pkg-config
-  libbenchmark-dev libboost1.81-dev libcli11-dev libdnnl-dev libfmt-dev libgif-dev libgtest-dev libhwy-dev
+  libboost1.81-dev libcli11-dev libdnnl-dev libfmt-dev libgif-dev libgtest-dev libhwy-dev
   libjpeg62-turbo-dev libpcre2-dev libpng-dev libspdlog-dev libssl-dev libutf8proc-dev libwebp-dev libxxhash-dev
   nlohmann-json3-dev prometheus-cpp-dev zlib1g-dev
 )

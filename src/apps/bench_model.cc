@@ -69,15 +69,17 @@ class BenchSequences {
     return bench;
   }
 
-  // Seconds of a step in which each sequence gets `rows` tokens more.
-  Result<double> Step(int rows) {
+  // Seconds of a step in which each sequence gets `rows` tokens more. Logits come of the last of them, but
+  // not where the prompt goes on (`last` is false), as in serving.
+  Result<double> Step(int rows, bool last = true) {
     batch_.Clear();
     MakeRoom(rows);
     for (size_t s = 0; s < ids_.size(); ++s) RETURN_IF_ERROR(Append(s, rows, true));
+    if (!last) batch_.logits_rows.clear();
     const auto vocab = static_cast<size_t>(model_->config().text.vocab_size);
     tokens_.resize(ids_.size());
     if (!model_->samples()) logits_.resize(ids_.size() * vocab);
-    const std::vector<TokenDraw> draws(ids_.size());
+    const std::vector<TokenDraw> draws(batch_.logits_rows.size());
     const Clock::time_point begin = Clock::now();
     if (model_->samples())
       model_->ForwardAndSample(batch_, memory_.get(), draws, tokens_.data(), nullptr, [] {});
@@ -327,7 +329,8 @@ class ModelBench {
           ASSIGN_OR_RETURN(const auto sequence, BenchSequences::Create(model_.get(), mix, 1, 0, context));
           double seconds = 0;
           for (int done = 0; done < context; done += flags_.chunk) {
-            ASSIGN_OR_RETURN(const double step, sequence->Step(std::min(flags_.chunk, context - done)));
+            const int rows = std::min(flags_.chunk, context - done);
+            ASSIGN_OR_RETURN(const double step, sequence->Step(rows, done + rows == context));
             seconds += step;
           }
           best = std::min(best, seconds);

@@ -1,5 +1,6 @@
 #include "apps/calibrate_flags.h"
 
+#include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
@@ -72,16 +73,20 @@ class InterruptGuard {
 };
 
 Result<KvCalibration> FitAndSave(const ServedModel& model, const Trajectories& trajectories,
-                                 const std::string& path) {
+                                 const MeasureFlags& flags) {
   ProgressBar bar("fitting the codec");
   CodecFitOptions options;
+  if (flags.max_conversations > 0) {
+    options.factor_conversations = std::min(options.factor_conversations, flags.max_conversations);
+    options.level_conversations = std::min(options.level_conversations, flags.max_conversations);
+  }
   options.progress = [&](double fraction) {
     bar.Update(fraction);
     return !interrupted.load();
   };
   const InterruptGuard guard;
   ASSIGN_OR_RETURN(KvCalibration calibration, FitCodec(model, trajectories, options));
-  RETURN_IF_ERROR(SaveKvCalibration(path, calibration, model.config.text.head_dim));
+  RETURN_IF_ERROR(SaveKvCalibration(flags.codec_out, calibration, model.config.text.head_dim));
   return calibration;
 }
 
@@ -106,7 +111,7 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
     if (model_options.codec == Codec::kPaper) {
       return InvalidArgument("--codec-out: the codec 'paper' has no calibration; leave out --kv-codec");
     }
-    ASSIGN_OR_RETURN(model_options.calibration, FitAndSave(m.model, m.trajectories, flags.codec_out));
+    ASSIGN_OR_RETURN(model_options.calibration, FitAndSave(m.model, m.trajectories, flags));
   }
   ASSIGN_OR_RETURN(m.meter,
                    SensitivityMeter::Create(flags.model.model, model_options, m.model.preprocessor, options));

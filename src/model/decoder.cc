@@ -15,7 +15,8 @@ Decoder::Decoder(const TextConfig& config, Element element, Codec codec, const C
       element_(element),
       geometry_{config.num_layers, config.num_kv_heads, config.head_dim, codec},
       clip_(clip),
-      rope_(config.head_dim, config.rope_theta, config.mrope_section) {}
+      rope_(config.head_dim, config.rope_theta, config.mrope_section),
+      attention_(element) {}
 
 Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Element element, Codec codec,
                                                const KvCalibration& calibration, const TensorSource& source,

@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "base/checked_math.h"
 #include "base/parallel.h"
+#include "ops/attention_amx.h"
 #include "ops/attention_item.h"
 #include "ops/attention_vnni.h"
 #include "ops/buffer.h"
@@ -31,20 +32,23 @@ struct Merge {
 
 struct Attention::Scratch {
   bool integer;
+  bool matrix;
   std::vector<AttentionItem> items;
   std::vector<Merge> merges;
-  std::vector<Buffer> workspaces;  // AttentionWorkspace by thread
+  std::vector<Buffer> workspaces;      // AttentionWorkspace by thread
+  std::vector<Buffer> amx_workspaces;  // AmxWorkspace by thread
   Buffer partials;
 };
 
 namespace {
 
 // Plans the items of a sequence; returns the first free place among the partial states.
-int64_t PlanSequence(const AttentionArgs& args, const AttentionSequence& sequence, int64_t place,
-                     std::vector<AttentionItem>& items, std::vector<Merge>& merges) {
+int64_t PlanSequence(const AttentionArgs& args, const AttentionSequence& sequence, bool has_matrix,
+                     int64_t place, std::vector<AttentionItem>& items, std::vector<Merge>& merges) {
   const KvGeometry& g = args.geometry;
   const int group = args.num_heads / g.num_kv_heads;
-  const int tile_rows = kItemQueries / group;
+  const bool matrix = has_matrix && int64_t{sequence.rows} * group > kDecodeQueries;
+  const int tile_rows = (matrix ? kAmxQueries : kItemQueries) / group;
   const auto blocks = static_cast<int64_t>(sequence.blocks.size());
   // The last rows attend to most, so they start first.
   for (int64_t tile = CeilDiv(sequence.rows, tile_rows) - 1; tile >= 0; --tile) {
@@ -63,6 +67,7 @@ int64_t PlanSequence(const AttentionArgs& args, const AttentionSequence& sequenc
                          .block_begin = s * split,
                          .block_end = std::min(blocks, (s + 1) * split),
                          .step = s + 1 == splits,
+                         .matrix = matrix,
                          .partial_place = splits > 1 ? place : -1});
         if (splits > 1) place += PartialFloats(queries, g.head_dim);
       }
@@ -92,8 +97,9 @@ void MergeQuery(const float* states, int64_t stride, int64_t count, int queries,
 
 }  // namespace
 
-Attention::Attention(AttentionPath path) : scratch_(new Scratch) {
+Attention::Attention(Element products, AttentionPath path) : scratch_(new Scratch) {
   scratch_->integer = path == AttentionPath::kFastest && CpuHasVnni();
+  scratch_->matrix = path == AttentionPath::kFastest && products == Element::kBf16 && CpuHasAmx();
 }
 
 Attention::~Attention() { delete scratch_; }
@@ -110,18 +116,24 @@ void Attention::Run(const AttentionArgs& args) {
   s.merges.clear();
   int64_t partial_floats = 0;
   for (const AttentionSequence& sequence : args.sequences) {
-    partial_floats = PlanSequence(args, sequence, partial_floats, s.items, s.merges);
+    partial_floats = PlanSequence(args, sequence, s.matrix, partial_floats, s.items, s.merges);
   }
   float* partials = s.partials.Reserve<float>(partial_floats);
   while (static_cast<int>(s.workspaces.size()) < ComputeThreads()) {
     Buffer& workspace = s.workspaces.emplace_back();
     std::memset(workspace.Reserve(sizeof(AttentionWorkspace)), 0, sizeof(AttentionWorkspace));
+    if (s.matrix) s.amx_workspaces.emplace_back().Reserve(sizeof(AmxWorkspace));
   }
 
   ParallelFor(static_cast<int64_t>(s.items.size()), [&](int64_t i) {
     const auto thread = static_cast<size_t>(omp_get_thread_num());
+    const AttentionItem& item = s.items[static_cast<size_t>(i)];
+    if (item.matrix) {
+      auto& workspace = *reinterpret_cast<AmxWorkspace*>(s.amx_workspaces[thread].data());
+      return RunAmxItem(args, item, workspace, partials);
+    }
     auto& workspace = *reinterpret_cast<AttentionWorkspace*>(s.workspaces[thread].data());
-    RunAttentionItem(args, s.items[static_cast<size_t>(i)], s.integer, workspace, partials);
+    RunAttentionItem(args, item, s.integer, workspace, partials);
   });
   ParallelFor(static_cast<int64_t>(s.merges.size()), [&](int64_t i) {
     const Merge& merge = s.merges[static_cast<size_t>(i)];

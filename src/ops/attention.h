@@ -8,6 +8,7 @@
 #include <span>
 
 #include "kv/view.h"
+#include "ops/element.h"
 
 namespace triaxial {
 
@@ -36,9 +37,12 @@ enum class AttentionPath { kFastest, kPortable };
 
 // Splits long contexts over the compute threads and merges by (o, lse). Results do not depend on the number
 // of threads. Keeps its scratch between calls.
+//
+// With `products` kBf16, sequences of many rows may be multiplied in BF16 where the CPU has a matrix unit for
+// it (ops/attention_amx.h): within 2e-3 of the exact result. Else all is F32 or finer.
 class Attention {
  public:
-  explicit Attention(AttentionPath path = AttentionPath::kFastest);
+  explicit Attention(Element products = Element::kF32, AttentionPath path = AttentionPath::kFastest);
   ~Attention();
   Attention(const Attention&) = delete;
   Attention& operator=(const Attention&) = delete;

@@ -339,7 +339,7 @@ HWY_NOINLINE void ExpandFp8Side(const KvGeometry& g, Side side, const uint8_t* i
   }
 }
 
-void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+void ExpandAnySide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
   if (bits == 8) return ExpandFp8Side(g, side, in, tile);
   const bool group_per_lane = side == Side::kK && (g.codec == Codec::kRotated || bits != 2);
   if (bits == 2) {
@@ -403,16 +403,8 @@ class ItemRun {
   }
 
  private:
-  // Offset of a query vector in args.q and args.out.
-  int64_t QueryPlace(int i) const {
-    const int64_t row = int64_t{item_.sequence->row_begin} + item_.row + i / group_;
-    return (row * args_.num_heads + int64_t{item_.kv_head} * group_ + i % group_) * g_.head_dim;
-  }
-  const uint8_t* Head(int64_t block) const {
-    const KvBlockRef& ref = item_.sequence->blocks[static_cast<size_t>(block)];
-    return args_.arena + int64_t{ref.unit_row} * UnitRowBytes(g_) +
-           int64_t{item_.kv_head} * HeadBytes(g_, ref.format, ref.capacity);
-  }
+  int64_t QueryPlace(int i) const { return triaxial::QueryPlace(args_, item_, i); }
+  const uint8_t* Head(int64_t block) const { return BlockHead(args_, item_, block); }
 
   void Begin() {
     const DF df;
@@ -458,10 +450,10 @@ class ItemRun {
       Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
       CodeValues(g_, v_bits, values, ref.tokens, queries_, next_values, w_);
     } else {
-      ExpandSide(g_, Side::kK, k_bits, keys, w_.tile);
+      ExpandAnySide(g_, Side::kK, k_bits, keys, w_.tile);
       DenseScores(FloatRows{w_.tile, kBlockTokens}, g_.head_dim, ref.tokens, queries_, w_);
       Softmax(ref.tokens, ref.tokens, group_, queries_, w_);
-      ExpandSide(g_, Side::kV, v_bits, values, w_.tile);
+      ExpandAnySide(g_, Side::kV, v_bits, values, w_.tile);
       DenseValues(FloatRows{w_.tile, g_.head_dim}, g_.head_dim, ref.tokens, queries_, w_);
     }
   }
@@ -567,10 +559,15 @@ HWY_AFTER_NAMESPACE();
 namespace triaxial {
 
 HWY_EXPORT(RunItem);
+HWY_EXPORT(ExpandAnySide);
 
 void RunAttentionItem(const AttentionArgs& args, const AttentionItem& item, bool integer,
                       AttentionWorkspace& workspace, float* partials) {
   HWY_DYNAMIC_DISPATCH(RunItem)(args, item, integer, workspace, partials);
+}
+
+void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile) {
+  HWY_DYNAMIC_DISPATCH(ExpandAnySide)(g, side, bits, in, tile);
 }
 
 }  // namespace triaxial

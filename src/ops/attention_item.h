@@ -26,8 +26,22 @@ struct AttentionItem {
   int64_t block_begin = 0;
   int64_t block_end = 0;
   bool step = false;           // attends to the step's own rows too
+  bool matrix = false;         // for ops/attention_amx.h, which takes more queries
   int64_t partial_place = -1;  // of its PartialState among the partial states; -1: writes args.out
 };
+
+// Offset of query vector i of an item in args.q and args.out.
+inline int64_t QueryPlace(const AttentionArgs& args, const AttentionItem& item, int i) {
+  const int group = args.num_heads / args.geometry.num_kv_heads;
+  const int64_t row = int64_t{item.sequence->row_begin} + item.row + i / group;
+  return (row * args.num_heads + int64_t{item.kv_head} * group + i % group) * args.geometry.head_dim;
+}
+// What the cache holds of the item's head in a block of its sequence.
+inline const uint8_t* BlockHead(const AttentionArgs& args, const AttentionItem& item, int64_t block) {
+  const KvBlockRef& ref = item.sequence->blocks[static_cast<size_t>(block)];
+  return args.arena + int64_t{ref.unit_row} * UnitRowBytes(args.geometry) +
+         int64_t{item.kv_head} * HeadBytes(args.geometry, ref.format, ref.capacity);
+}
 
 // Where an item leaves its state if others share its context: o (not normalized) [queries][head_dim], then
 // top [queries] and the sum of weights [queries]: weights are 2^(score - top).
@@ -60,6 +74,9 @@ struct AttentionWorkspace {
 // ops/attention_vnni.h, else they are expanded a tile at a time.
 void RunAttentionItem(const AttentionArgs& args, const AttentionItem& item, bool integer,
                       AttentionWorkspace& workspace, float* partials);
+
+// A compressed side of a block (not 16 bits) to F32 [depth][lane], as docs/kv-format.md calls them.
+void ExpandSide(const KvGeometry& g, Side side, int bits, const uint8_t* in, float* tile);
 
 }  // namespace triaxial
 

@@ -12,7 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "base/float16.h"
+#include "base/parallel.h"
 #include "kv/codec.h"
+#include "ops/attention_amx.h"
 
 namespace triaxial {
 namespace {
@@ -191,7 +194,7 @@ void ExpectClose(Case& c, double tolerance, const std::string& what) {
   Attention fastest;
   const double error = RelativeError(c.Run(fastest), expected, c.g.head_dim);
   EXPECT_LT(error, tolerance) << what << ", fastest path";
-  Attention portable(AttentionPath::kPortable);
+  Attention portable(Element::kF32, AttentionPath::kPortable);
   for (const uint32_t target : hwy::SupportedAndGeneratedTargets()) {
     hwy::SetSupportedTargetsForTest(target);
     const double portable_error = RelativeError(c.Run(portable), expected, c.g.head_dim);
@@ -326,6 +329,114 @@ TEST(AttentionOracle, LongContextsOfMixedFormats) {
     c.shapes = {shape};
     c.Fill(11);
     ExpectClose(c, 1e-4, std::string(Name(codec)));
+  }
+}
+
+// ---- Many rows in BF16: inputs are BF16 numbers, as a model's are that multiplies so; keys, values and
+// weights are rounded on the way. The bounds are those of the GPU's kernels.
+
+class AttentionBf16Oracle : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!CpuHasAmx()) GTEST_SKIP() << "this CPU has no AMX for BF16, or the system does not let it be used";
+  }
+
+  static void Fill(Case& c, uint32_t seed) {
+    c.Fill(seed);
+    for (std::vector<float>* x : {&c.q, &c.k, &c.v}) {
+      for (float& value : *x) value = Bf16ToFloat(FloatToBf16(value));
+    }
+  }
+
+  // Over all query vectors within 2e-3, over each within 4e-3.
+  static void ExpectCloseInBf16(Case& c, const std::string& what, double tolerance = 2e-3) {
+    const std::vector<double> expected = c.Reference();
+    Attention attention(Element::kBf16);
+    const std::vector<float> out = c.Run(attention);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < out.size(); ++i) {
+      error += (out[i] - expected[i]) * (out[i] - expected[i]);
+      size += expected[i] * expected[i];
+    }
+    EXPECT_LT(std::sqrt(error / size), tolerance) << what;
+    EXPECT_LT(RelativeError(out, expected, c.g.head_dim), 2 * tolerance) << what << ", worst vector";
+  }
+};
+
+TEST_F(AttentionBf16Oracle, EveryFormatCodecHeadSizeAndGroup) {
+  uint32_t seed = 1;
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    for (const Format format : kAllFormats) {
+      for (const int head_dim : {64, 128}) {
+        for (const int group : {1, 2, 3, 5, 16}) {
+          Case c{.g = {1, 2, head_dim, codec}, .group = group};
+          c.shapes = {{40, Blocks(3, format, 11)}};
+          Fill(c, seed++);
+          ExpectCloseInBf16(c, std::string(Name(codec)) + " " + std::string(Name(format)) + " dim " +
+                                   std::to_string(head_dim) + " group " + std::to_string(group));
+        }
+      }
+    }
+  }
+}
+
+// Steps of less than a query tile to more than an item, behind tails of every size.
+TEST_F(AttentionBf16Oracle, StepsAreCausal) {
+  for (const int rows : {9, 17, 63, 64, 65, 127, 130, 300}) {
+    for (const int group : {2, 3, 8}) {
+      Case c{.g = {1, 1, rows % 2 == 0 ? 64 : 128, Codec::kRotated}, .group = group};
+      c.shapes = {{rows, {}}, {rows, Blocks(1, Format::kBf16, rows % 63 + 1)}};
+      Fill(c, static_cast<uint32_t>(rows));
+      ExpectCloseInBf16(c, std::to_string(rows) + " rows, group " + std::to_string(group));
+    }
+  }
+}
+
+TEST_F(AttentionBf16Oracle, PartialBlocksAndTailsOfEveryCapacity) {
+  uint32_t seed = 1;
+  for (const uint8_t capacity : {16, 32, 48, 64}) {
+    for (const int tokens : {1, 2, capacity - 15, capacity - 1, int{capacity}}) {
+      const KvBlockRef tail{0, static_cast<uint8_t>(tokens), Format::kBf16, capacity};
+      const KvBlockRef part{0, static_cast<uint8_t>(tokens), tokens % 2 == 0 ? Format::kK4V4 : Format::kFp8};
+      Case c{.g = {1, 2, seed % 2 == 0 ? 64 : 128, Codec::kRotated}, .group = 2};
+      c.shapes = {{20, {tail}}, {20, {part}}, {33, {{0, kBlockTokens, Format::kK2V2}, tail, part}}};
+      Fill(c, seed++);
+      ExpectCloseInBf16(c, std::to_string(tokens) + " tokens of " + std::to_string(capacity));
+    }
+  }
+}
+
+// Decode beside prefill, and contexts that are split over items, for any number of threads.
+TEST_F(AttentionBf16Oracle, RaggedBatchesOfMixedFormats) {
+  for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
+    Case c{.g = {1, 2, 128, codec}, .group = 4};
+    for (const int rows : {1, 70, 5, 1, 140}) {
+      SequenceShape shape{.rows = rows, .blocks = {}};
+      for (int b = 0; b < (rows == 70 ? 150 : rows % 9); ++b) {
+        shape.blocks.push_back({0, kBlockTokens, static_cast<Format>(b % kFormats)});
+      }
+      shape.blocks.push_back({0, 21, Format::kBf16, 32});
+      c.shapes.push_back(shape);
+    }
+    Fill(c, 5);
+    ExpectCloseInBf16(c, std::string(Name(codec)));
+    Attention attention(Element::kBf16);
+    SetComputeThreads(1);
+    const std::vector<float> one = c.Run(attention);
+    SetComputeThreads(5);
+    const std::vector<float> many = c.Run(attention);
+    SetComputeThreads(0);
+    EXPECT_EQ(one, many);
+  }
+}
+
+// As ExtremeLogits above. Where two tokens compete, the rounding of keys shows, but for BF16 blocks.
+TEST_F(AttentionBf16Oracle, ExtremeLogits) {
+  for (const float size : {8.0f, 32.0f}) {
+    Case c{.g = {1, 1, 128, Codec::kRotated}, .group = 4, .q_size = size, .k_size = size};
+    c.shapes = {{30, Blocks(6, Format::kBf16, 9)}};
+    Fill(c, static_cast<uint32_t>(size));
+    ExpectCloseInBf16(c, "size " + std::to_string(size));
   }
 }
 
