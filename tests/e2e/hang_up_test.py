@@ -92,7 +92,9 @@ class OneAtATimeTest(HangUpTest):
         self.gone()
 
     def test_a_stream_that_nobody_reads(self):
+        before = self.total("prompt_tokens_total")
         connection = self.start(prompt=[5] * 40, max_tokens=300, ignore_eos=True, stream=True)
+        self.until(lambda: self.total("prompt_tokens_total") > before)  # it has begun
         load = self.server.wait_for(lambda r, w, t: (r, w, t) == (0, 0, 0), 60)
         self.assertEqual(load, (0, 0, 0))
         connection.close()
