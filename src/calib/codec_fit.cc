@@ -92,12 +92,14 @@ struct Energy {
 std::vector<float> KeyFactors(const Energy& energy) {
   constexpr double kTiny = 1e-20;
   std::vector<double> logs;
+  logs.reserve(energy.keys.size());
   double mean = 0;
   for (size_t c = 0; c < energy.keys.size(); ++c) {
     logs.push_back(0.25 * (std::log(energy.keys[c] + kTiny) - std::log(energy.queries[c] + kTiny)));
     mean += logs.back() / static_cast<double>(energy.keys.size());
   }
   std::vector<float> factors;
+  factors.reserve(logs.size());
   for (const double log : logs) factors.push_back(std::stof(fmt::format("{:.4g}", std::exp(log - mean))));
   return factors;
 }

@@ -4,6 +4,7 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -400,6 +401,13 @@ class AmxItem {
   const uint32_t* const values_[2] = {w_.values[0], w_.values[1]};
 };
 
+// Not all compilers know the names of these features.
+bool CpuidHasAmx() {
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0;
+}
+
 }  // namespace
 
 bool CpuHasAmx() {
@@ -409,8 +417,8 @@ bool CpuHasAmx() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-           __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+           __builtin_cpu_supports("avx512bf16") && CpuidHasAmx() &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return has;
 }
