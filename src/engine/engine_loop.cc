@@ -57,7 +57,6 @@ void EngineLoop::Run() {
         CHECK(CheckIntegrity().code() != Code::kInternal);
         CHECK(cache_.free_rows() + cache_.cached_rows() == cache_.total_rows());
       }
-      PublishSnapshot();
       SendEvents();
       if (!mailbox_->Wait()) return SaveSessions();
       since = Clock::now();
@@ -125,7 +124,6 @@ void EngineLoop::RunStep() {
     scheduler_.Commit(plan_, &step_);
     NoteAdmissions();
     if (step_.empty()) {
-      PublishSnapshot();
       SendEvents();
     } else {
       if (!model_->samples()) WhileModelRuns();  // which then computes on this thread
@@ -154,7 +152,6 @@ void EngineLoop::RunStep() {
 
 // Nothing here may touch what the step reads: no blocks are freed, and nobody is removed from the scheduler.
 void EngineLoop::WhileModelRuns() {
-  PublishSnapshot();
   SendEvents();
   try {
     scheduler_.MakePlan(&next_plan_);
@@ -305,7 +302,9 @@ void EngineLoop::Finish(RequestState* request, TokenEvent&& event) {
   events_.emplace_back(request, std::move(event));
 }
 
+// Who hears of an end finds it counted.
 void EngineLoop::SendEvents() {
+  PublishSnapshot();
   for (auto& [request, event] : events_) {
     if (event.finish == FinishReason::kNone) {
       if (!request->deaf && !Send(request, std::move(event))) request->deaf = any_deaf_ = true;

@@ -23,9 +23,6 @@ namespace {
 constexpr int kTile = AmxWorkspace::kTile;
 constexpr int kTileBytes = kTile * int{sizeof(uint32_t)};  // of a row
 
-// Scores may pass top by this much (weights 2^8) before top follows: it rarely moves after the first tile.
-constexpr float kSlack = 8;
-
 // The compiler does not know that tile instructions read and write memory.
 inline __attribute__((always_inline)) void MemoryFence() { asm volatile("" ::: "memory"); }
 
@@ -141,6 +138,21 @@ void CopyValues(const uint32_t* from, int tokens, int head_dim, uint32_t* to) {
   std::fill(to, end, 0u);
 }
 
+// Tiles 0 to 3 += a tile of the left side times the four tiles side by side of a right side whose rows lie
+// `stride` bytes apart.
+inline __attribute__((always_inline)) void MultiplyAdd(const uint16_t (*left)[32], const uint32_t* right,
+                                                       int64_t stride) {
+  _tile_loadd(4, left, kTileBytes);
+  _tile_loadd(5, right, stride);
+  _tile_dpbf16ps(0, 4, 5);
+  _tile_loadd(6, right + 16, stride);
+  _tile_dpbf16ps(1, 4, 6);
+  _tile_loadd(7, right + 32, stride);
+  _tile_dpbf16ps(2, 4, 7);
+  _tile_loadd(5, right + 48, stride);
+  _tile_dpbf16ps(3, 4, 5);
+}
+
 // scores = q k of a query tile and 64 tokens; `key_parts` add up to k.
 void Scores(const uint16_t (*q)[kTile][32], std::span<const uint32_t* const> key_parts, int head_dim,
             float (*scores)[kBlockTokens]) {
@@ -151,17 +163,7 @@ void Scores(const uint16_t (*q)[kTile][32], std::span<const uint32_t* const> key
   _tile_zero(2);
   _tile_zero(3);
   for (const uint32_t* keys : key_parts) {
-    for (int c = 0; c < head_dim / 32; ++c, keys += kTile * kBlockTokens) {
-      _tile_loadd(4, q[c], kTileBytes);
-      _tile_loadd(5, keys, kStride);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, keys + 16, kStride);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, keys + 32, kStride);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, keys + 48, kStride);
-      _tile_dpbf16ps(3, 4, 5);
-    }
+    for (int c = 0; c < head_dim / 32; ++c) MultiplyAdd(q[c], keys + c * kTile * kBlockTokens, kStride);
   }
   _tile_stored(0, scores[0], kStride);
   _tile_stored(1, scores[0] + 16, kStride);
@@ -182,16 +184,7 @@ void AddValues(const uint16_t (*weights)[kTile][32], std::span<const uint32_t* c
     _tile_loadd(3, out[n + 3], kTileBytes);
     for (const uint32_t* values : value_parts) {
       for (int half = 0; half < 2; ++half) {
-        const uint32_t* at = values + half * kTile * head_dim + n * 16;
-        _tile_loadd(4, weights[half], kTileBytes);
-        _tile_loadd(5, at, stride);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, at + 16, stride);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, at + 32, stride);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, at + 48, stride);
-        _tile_dpbf16ps(3, 4, 5);
+        MultiplyAdd(weights[half], values + half * kTile * head_dim + n * 16, stride);
       }
     }
     _tile_stored(0, out[n], kTileBytes);
@@ -254,7 +247,7 @@ class AmxItem {
         group_(args.num_heads / g_.num_kv_heads),
         queries_(item.rows * group_),
         tiles_((queries_ + kTile - 1) / kTile),
-        scale_(args.scale * 1.44269504f),
+        scale_(args.scale * kLog2e),
         w_(workspace) {
     CHECK(queries_ <= kAmxQueries);
   }
@@ -322,8 +315,7 @@ class AmxItem {
     const int end = item_.row + item_.rows;
     for (int begin = 0; begin < end; begin += kBlockTokens) {
       const int tokens = std::min(kBlockTokens, end - begin);
-      const int64_t first =
-          (int64_t{item_.sequence->row_begin} + begin) * stride + int64_t{item_.kv_head} * g_.head_dim;
+      const int64_t first = KvPlace(args_, item_, begin);
       PackKeys(args_.k + first, stride, tokens, g_.head_dim, w_.keys[0]);
       PackRowPairs(args_.v + first, stride, tokens, kBlockTokens, g_.head_dim, w_.values[0]);
       Attend({keys_, 1}, {values_, 1}, tokens, item_.row + 1 - begin);

@@ -210,10 +210,6 @@ HWY_INLINE VF Exp2(VF x) {
   return hn::IfThenElseZero(hn::Ge(x, hn::Set(df, -126.0f)), hn::Mul(p, hn::BitCast(df, power)));
 }
 
-// Scores may pass top by this much (weights 2^8) before top follows: it rarely moves after the first tile,
-// and then nothing waits for a maximum over lanes.
-constexpr float kSlack = 8;
-
 // Scores of `limit` tokens to weights, zero for the rest of the tile; updates top and the lanes of sum, and
 // leaves in keep what `out` must be multiplied by.
 HWY_INLINE void SoftmaxRow(int limit, float* scores, float& top, float* sum, float& keep) {
@@ -408,7 +404,6 @@ class ItemRun {
 
   void Begin() {
     const DF df;
-    constexpr float kLog2e = 1.44269504f;
     const VF scale = hn::Set(df, args_.scale * kLog2e);
     for (int i = 0; i < queries_; ++i) {
       const float* q = args_.q + QueryPlace(i);
@@ -497,8 +492,7 @@ class ItemRun {
     const int end = item_.row + item_.rows;
     for (int begin = 0; begin < end; begin += kBlockTokens) {
       const int tokens = std::min(kBlockTokens, end - begin);
-      const int64_t first =
-          (int64_t{item_.sequence->row_begin} + begin) * stride + int64_t{item_.kv_head} * g_.head_dim;
+      const int64_t first = KvPlace(args_, item_, begin);
       TransposeKeys(args_.k + first, stride, tokens, g_.head_dim, w_.tile);
       DenseScores(FloatRows{w_.tile, kBlockTokens}, g_.head_dim, tokens, queries_, w_);
       Softmax(tokens, item_.row + 1 - begin, group_, queries_, w_);

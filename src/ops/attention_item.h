@@ -17,6 +17,10 @@ inline constexpr int kFewQueries = 8;
 inline constexpr int kMaxHeadDim = 128;
 inline constexpr int kSumLanes = 16;  // the widest vector
 inline constexpr int kMaxChannelGroups = kMaxHeadDim / kPaperGroup;
+inline constexpr float kLog2e = 1.44269504f;  // scores are exponents of 2
+// Scores may pass top by this much (weights 2^8) before top follows: it rarely moves after the first tile,
+// and then nothing waits for a maximum over lanes.
+inline constexpr float kSlack = 8;
 
 struct AttentionItem {
   const AttentionSequence* sequence = nullptr;
@@ -35,6 +39,11 @@ inline int64_t QueryPlace(const AttentionArgs& args, const AttentionItem& item, 
   const int group = args.num_heads / args.geometry.num_kv_heads;
   const int64_t row = int64_t{item.sequence->row_begin} + item.row + i / group;
   return (row * args.num_heads + int64_t{item.kv_head} * group + i % group) * args.geometry.head_dim;
+}
+// Offset of the item's head in args.k and args.v, of row `row` of its sequence.
+inline int64_t KvPlace(const AttentionArgs& args, const AttentionItem& item, int row) {
+  const int64_t heads = (int64_t{item.sequence->row_begin} + row) * args.geometry.num_kv_heads + item.kv_head;
+  return heads * args.geometry.head_dim;
 }
 // What the cache holds of the item's head in a block of its sequence.
 inline const uint8_t* BlockHead(const AttentionArgs& args, const AttentionItem& item, int64_t block) {

@@ -1,7 +1,7 @@
 // The decoder on the GPU: the same function as model/decoder.h with BF16 products. Steps in which every
-// sequence has one row run as CUDA graphs, two for each number of rows (rounded up to a few sizes): launching
-// one takes the host about as long as the device takes for two layers, so the device works on the first
-// layers while the host launches the others. All other steps run kernel by kernel.
+// sequence has one row run as CUDA graphs, two for each number of rows (rounded up to a few sizes): the first
+// layers, then the others, because launching them all takes the host longer than the device takes for the
+// first. All other steps run kernel by kernel.
 #ifndef TRIAXIAL_MODEL_CUDA_DECODER_H_
 #define TRIAXIAL_MODEL_CUDA_DECODER_H_
 
