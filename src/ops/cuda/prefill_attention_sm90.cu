@@ -16,25 +16,29 @@ namespace {
 
 constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 4;
 constexpr int kThreads = 4 * 128;
+// Named barriers: by those of kReadKeys (and kReadValues) a warpgroup says that it has read a raw stage, by
+// those of kTurn consumers take turns.
+constexpr int kReadKeys = 1, kReadValues = kReadKeys + kRawStages, kTurn = kReadValues + kRawStages,
+              kRowsOfKeys = kTurn + 2, kRowsOfValues = kRowsOfKeys + 1;
 
 template <int kDim>
 struct SharedLayout {
   static constexpr int kTileBytes = kTileTokens64 * kDim * 2;
-  static constexpr int kRawBytes = kBlockTokens * kDim * 4;  // a BF16 block, the largest
+  static constexpr int kRawBytes = kTileBytes;  // a side of a BF16 block, the largest
   static constexpr int kKeys = 0;
   static constexpr int kValues = kKeys + kStages * kTileBytes;
-  static constexpr int kRaw = kValues + kStages * kTileBytes;
-  static constexpr int kBarriers = kRaw + kRawStages * kRawBytes;
-  // 8 bytes each: raw full, raw free; keys full, keys free; values full, values free. Then what the stages
-  // hold.
-  static constexpr int kRawFull = kBarriers;
-  static constexpr int kRawFree = kRawFull + kRawStages * 8;
-  static constexpr int kKeysFull = kRawFree + kRawStages * 8;
+  static constexpr int kRawKeys = kValues + kStages * kTileBytes;
+  static constexpr int kRawValues = kRawKeys + kRawStages * kRawBytes;
+  // Barriers, 8 bytes each. Then what the stages hold.
+  static constexpr int kRawKeysFull = kRawValues + kRawStages * kRawBytes;
+  static constexpr int kRawValuesFull = kRawKeysFull + kRawStages * 8;
+  static constexpr int kKeysFull = kRawValuesFull + kRawStages * 8;
   static constexpr int kKeysFree = kKeysFull + kStages * 8;
   static constexpr int kValuesFull = kKeysFree + kStages * 8;
   static constexpr int kValuesFree = kValuesFull + kStages * 8;
-  static constexpr int kRawBlocks = kValuesFree + kStages * 8;  // the word of PrefillBlock after unit_row
-  static constexpr int kTokens = kRawBlocks + kRawStages * 4;   // valid tokens of a tile
+  static constexpr int kRawKeysBlocks = kValuesFree + kStages * 8;  // the word of PrefillBlock after unit_row
+  static constexpr int kRawValuesBlocks = kRawKeysBlocks + kRawStages * 4;
+  static constexpr int kTokens = kRawValuesBlocks + kRawStages * 4;  // valid tokens of a tile
   static constexpr int kBytes = kTokens + kStages * 4;
 };
 
@@ -91,25 +95,9 @@ class Walk {
   PrefillItem item_;
 };
 
-// One copy of a head of a block, `what` of which (tokens, capacity, bits of keys, of values) is put beside
-// it. Not inlined: it is done by one thread, and its registers would be taken from all.
-template <int kDim>
-__device__ __noinline__ void IssueBlock(const PrefillParams& p, int kv_head, uint32_t unit_row, uint32_t what,
-                                        uint32_t to, uint32_t barrier, uint32_t what_to) {
-  const int capacity = static_cast<int>(what >> 8 & 0xff);
-  const int bytes = SideSize(p.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity) +
-                    SideSize(p.codec, kDim, static_cast<int>(what >> 24), capacity);
-  const uint8_t* from = p.layer.arena +
-                        static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
-                        static_cast<uint32_t>(kv_head * bytes);
-  StoreShared4(what_to, what);
-  BarrierExpect(barrier, static_cast<uint32_t>(bytes));
-  BulkLoad(to, from, static_cast<uint32_t>(bytes), barrier);
-}
-
 // A warpgroup that fills the tiles of keys, or those of values, of all items of this thread block. What they
-// are made of is brought into shared memory as it lies in global memory, two tiles ahead, by the keys'
-// warpgroup, whose warps take turns: bringing a block costs one warp as much as expanding half a tile.
+// are made of is brought into shared memory as it lies in global memory, three tiles ahead; warps take turns,
+// because bringing a block costs one warp as much as expanding half a tile.
 template <int kDim, Side kSide>
 class Producer {
  public:
@@ -121,108 +109,119 @@ class Producer {
   }
 
   __device__ __forceinline__ void Run() {
-    if constexpr (kKeys) {
-      for (int i = 0; i < 2; ++i) BringNext();
-    }
+#pragma unroll 1
+    for (int i = 0; i < kRawStages - 1; ++i) Bring(i);
     Ring<kStages> ring;
-    Ring<kRawStages> raw_ring;
-    for (Walk walk(p_, group_); !walk.done(); walk.Advance()) {
-      if constexpr (kKeys) BringNext();
-      const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + ring.stage * L::kTileBytes;
-      BarrierWait(base_ + L::kRawFull + raw_ring.stage * 8, raw_ring.parity);
+    int number = 0;
+#pragma unroll 1
+    for (Walk walk(p_, group_); !walk.done(); walk.Advance(), ++number) {
+      Bring(number + kRawStages - 1);
+      const uint32_t raw_stage = static_cast<uint32_t>(number) % kRawStages;
+      BarrierWait(base_ + kRawFull + raw_stage * 8, static_cast<uint32_t>(number) / kRawStages & 1);
       BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
       // Rows are spread over the threads otherwise than blocks; what another thread wrote to this stage is
       // over, because the stage is free, but racecheck does not follow one lane that speaks for its warp.
-      if (!walk.is_block()) {
-        asm volatile("bar.sync %0, %1;" ::"n"(kKeys ? 1 : 2), "n"(kExpandThreads) : "memory");
-      }
-      const int tokens = Fill(walk, raw_ring.stage, tile);
+      if (!walk.is_block()) NamedBarrierSync<kExpandThreads>(kKeys ? kRowsOfKeys : kRowsOfValues);
+      const int tokens = Fill(walk, raw_stage, ring.stage);
       if (kKeys && thread_ == 0) {
         StoreShared4(base_ + L::kTokens + ring.stage * 4, static_cast<uint32_t>(tokens));
       }
       FenceProxyAsync();
-      Arrive(kKeys ? L::kKeysFull : L::kValuesFull, ring.stage);
-      BarrierArrive(base_ + L::kRawFree + raw_ring.stage * 8);  // every thread has read some of it
+      // What this warp has written counts once the other warps have said so, too.
+      __syncwarp();
+      if (thread_ % 32 == 0) {
+        BarrierArrive(base_ + (kKeys ? L::kKeysFull : L::kValuesFull) + ring.stage * 8);
+      }
       ring.Advance();
-      raw_ring.Advance();
     }
   }
 
  private:
   using L = SharedLayout<kDim>;
   static constexpr bool kKeys = kSide == Side::kK;
+  static constexpr int kRaw = kKeys ? L::kRawKeys : L::kRawValues;
+  static constexpr int kRawFull = kKeys ? L::kRawKeysFull : L::kRawValuesFull;
+  static constexpr int kRawBlocks = kKeys ? L::kRawKeysBlocks : L::kRawValuesBlocks;
 
-  // Brings the next tile's block or rows.
-  __device__ __forceinline__ void BringNext() {
+  // Brings the block or rows of tile `number`, the next.
+  __device__ __forceinline__ void Bring(int number) {
     if (ahead_.done()) return;
-    const uint32_t full = base_ + L::kRawFull + ahead_ring_.stage * 8;
-    const uint32_t free = base_ + L::kRawFree + ahead_ring_.stage * 8;
-    const uint32_t to = base_ + L::kRaw + ahead_ring_.stage * L::kRawBytes;
+    const int stage = static_cast<int>(static_cast<uint32_t>(number) % kRawStages);
+    const int barrier = (kKeys ? kReadKeys : kReadValues) + stage;
+    const bool used = number >= kRawStages;
     if (ahead_.is_block()) {
-      BringBlock(to, full, free);
+      const int lane = thread_ & 31, of = ahead_.tile() % 32;
+      const PrefillItem& item = ahead_.item();
+      if (of == 0 && ahead_.tile() + lane < item.blocks) {
+        block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + ahead_.tile() + lane);
+      }
+      if (stage == static_cast<int>(static_cast<uint32_t>(thread_) / 32)) {
+        if (used) NamedBarrierSync<kExpandThreads>(barrier);
+        const uint32_t unit_row = __shfl_sync(~0u, block_.x, of), what = __shfl_sync(~0u, block_.y, of);
+        if (lane == 0) BringBlock(item.kv_head, unit_row, what, stage);
+        __syncwarp();  // else the lanes would go on apart
+      } else if (used) {
+        NamedBarrierArrive<kExpandThreads>(barrier);
+      }
     } else {
-      BarrierWait(free, ahead_ring_.parity ^ 1);
-      BringRow(to, full);
+      if (used) NamedBarrierSync<kExpandThreads>(barrier);
+      BringRow(stage);
     }
-    ahead_ring_.Advance();
     ahead_.Advance();
   }
-  __device__ __forceinline__ void BringBlock(uint32_t to, uint32_t full, uint32_t free) {
-    const int lane = thread_ & 31, of = ahead_.tile() % 32;
-    const PrefillItem& item = ahead_.item();
-    if (of == 0 && ahead_.tile() + lane < item.blocks) {
-      block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + ahead_.tile() + lane);
-    }
-    if (of % 4 != thread_ / 32) return;
-    const uint32_t unit_row = __shfl_sync(~0u, block_.x, of), what = __shfl_sync(~0u, block_.y, of);
-    BarrierWait(free, ahead_ring_.parity ^ 1);
-    if (lane == 0) {
-      IssueBlock<kDim>(p_, item.kv_head, unit_row, what, to, full,
-                       base_ + L::kRawBlocks + ahead_ring_.stage * 4);
-    }
-    __syncwarp();  // else the lanes would go on apart
+  // One copy of a side of a head of a block, `what` of which (tokens, capacity, bits of keys, of values) is
+  // put beside it.
+  __device__ __forceinline__ void BringBlock(int kv_head, uint32_t unit_row, uint32_t what, int stage) {
+    const int capacity = static_cast<int>(what >> 8 & 0xff);
+    const int k = SideSize(p_.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity);
+    const int v = SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
+    const uint8_t* from =
+        p_.layer.arena + static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p_.num_kv_heads * kUnitBytes) +
+        static_cast<uint32_t>(kv_head * (k + v) + (kKeys ? 0 : k));
+    const auto bytes = static_cast<uint32_t>(kKeys ? k : v);
+    StoreShared4(base_ + kRawBlocks + stage * 4, what);
+    BarrierExpect(base_ + kRawFull + stage * 8, bytes);
+    BulkLoad(base_ + kRaw + stage * L::kRawBytes, from, bytes, base_ + kRawFull + stage * 8);
   }
-  // Each thread brings one: a key or a value.
-  __device__ __forceinline__ void BringRow(uint32_t to, uint32_t full) {
+  __device__ __forceinline__ void BringRow(int stage) {
     constexpr uint32_t kRowBytes = kDim * 2;
     const PrefillItem& item = ahead_.item();
-    const int row = thread_ % kTileTokens64, rows = min(item.rows - ahead_.first_row(), kTileTokens64);
-    if (thread_ == 0) BarrierExpect(full, 2 * static_cast<uint32_t>(rows) * kRowBytes);
-    if (row < rows) {
-      const uint16_t* from = (thread_ < kTileTokens64 ? p_.layer.k : p_.layer.v) +
-                             (item.row_begin + ahead_.first_row() + row) * p_.layer.kv_stride +
+    const uint32_t full = base_ + kRawFull + stage * 8;
+    const int rows = min(item.rows - ahead_.first_row(), kTileTokens64);
+    if (thread_ == 0) BarrierExpect(full, static_cast<uint32_t>(rows) * kRowBytes);
+    if (thread_ < rows) {
+      const uint16_t* from = (kKeys ? p_.layer.k : p_.layer.v) +
+                             (item.row_begin + ahead_.first_row() + thread_) * p_.layer.kv_stride +
                              item.kv_head * kDim;
-      BulkLoad(to + static_cast<uint32_t>(thread_) * kRowBytes, from, kRowBytes, full);
+      BulkLoad(base_ + kRaw + stage * L::kRawBytes + static_cast<uint32_t>(thread_) * kRowBytes, from,
+               kRowBytes, full);
     }
     __syncwarp();
   }
 
   // Returns how many tokens of the tile are valid.
-  __device__ __forceinline__ int Fill(const Walk& walk, int raw_stage, uint32_t tile) {
-    const uint32_t raw = base_ + L::kRaw + raw_stage * L::kRawBytes;
+  __device__ __forceinline__ int Fill(const Walk& walk, uint32_t raw_stage, int stage) {
+    // Opaque, lest addresses of all formats be computed once and kept in registers that are not there.
+    int thread = thread_;
+    asm volatile("" : "+r"(thread));
+    const uint32_t raw = base_ + kRaw + raw_stage * L::kRawBytes;
+    const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + stage * L::kTileBytes;
     if (!walk.is_block()) {
       if constexpr (kKeys) {
-        RowsToKeys<kDim>(raw, tile);
+        RowsToKeys<kDim>(raw, tile, thread);
       } else {
-        RowsToValues<kDim>(raw + kTileTokens64 * kDim * 2,
-                           min(walk.item().rows - walk.first_row(), kTileTokens64), tile);
+        RowsToValues<kDim>(raw, min(walk.item().rows - walk.first_row(), kTileTokens64), tile, thread);
       }
       return kTileTokens64;
     }
-    const uint32_t what = LoadShared4(base_ + L::kRawBlocks + raw_stage * 4);
-    const int capacity = static_cast<int>(what >> 8 & 0xff), k_bits = static_cast<int>(what >> 16 & 0xff);
+    const uint32_t what = LoadShared4(base_ + kRawBlocks + raw_stage * 4);
+    const int tiles = static_cast<int>(what >> 12 & 0xf);  // capacity / 16
     if constexpr (kKeys) {
-      ExpandKeysOf<kDim>(p_.codec, k_bits, raw, capacity / 16, tile, thread_);
+      ExpandKeysOf<kDim>(p_.codec, static_cast<int>(what >> 16 & 0xff), raw, tiles, tile, thread);
     } else {
-      ExpandValuesOf<kDim>(p_.codec, static_cast<int>(what >> 24),
-                           raw + SideSize(p_.codec, kDim, k_bits, capacity), capacity / 16, tile, thread_);
+      ExpandValuesOf<kDim>(p_.codec, static_cast<int>(what >> 24), raw, tiles, tile, thread);
     }
     return static_cast<int>(what & 0xff);
-  }
-  // What this warp has written counts once the other warps have said so, too.
-  __device__ __forceinline__ void Arrive(int barriers, int stage) {
-    __syncwarp();
-    if (thread_ % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
   }
 
   const PrefillParams& p_;
@@ -230,7 +229,6 @@ class Producer {
   const int group_;
   int thread_;  // in the warpgroup
   Walk ahead_;
-  Ring<kRawStages> ahead_ring_;
   uint2 block_ = {};  // each lane knows one of the next 32
 };
 
@@ -238,8 +236,8 @@ class Producer {
 template <int kDim>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const PrefillParams& p, uint32_t shared, int group)
-      : p_(p), base_(shared), group_(group) {}
+  __device__ __forceinline__ Consumer(const PrefillParams& p, uint32_t shared, int group, int warpgroup)
+      : p_(p), base_(shared), group_(group), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void Run() {
     for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
@@ -247,37 +245,28 @@ class Consumer {
       if (item.rows == 0) return;
       Begin(item);
       const int tiles = item.blocks + TilesOfRows(LastRow(item, group_));
-      // Scores of the first tile.
-      Ring<kStages> keys = ring_, values = ring_;
-      MultiplyKeys(keys.stage, keys.parity);
+      uint32_t even[4][4], odd[4][4];
+      BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
+      MultiplyKeys();
+      const int tokens = Tokens();
       WgmmaWait<0>();
       Pin(scores_);
-      Softmax(item, 0, keys.stage);
-      Free(L::kKeysFree, keys.stage);
-      Scale();
-      keys.Advance();
-      for (int tile = 1; tile < tiles; ++tile) {
-        PackWeights();
-        MultiplyKeys(keys.stage, keys.parity);
-        MultiplyValues(values.stage, values.parity);
-        WgmmaWait<1>();
-        Pin(scores_);
-        Softmax(item, tile, keys.stage);
-        Free(L::kKeysFree, keys.stage);
-        WgmmaWait<0>();
-        Pin(out_);
-        Free(L::kValuesFree, values.stage);
-        Scale();
-        keys.Advance();
-        values.Advance();
+      Free(L::kKeysFree, keys_.stage);
+      keys_.Advance();
+      Softmax(item, 0, tokens, even);
+      for (int tile = 1;;) {
+        if (tile == tiles) {
+          MultiplyLast(even);
+          break;
+        }
+        Step(item, tile, tile + 1 == tiles, even, odd);
+        if (++tile == tiles) {
+          MultiplyLast(odd);
+          break;
+        }
+        Step(item, tile, tile + 1 == tiles, odd, even);
+        ++tile;
       }
-      PackWeights();
-      MultiplyValues(values.stage, values.parity);
-      WgmmaWait<0>();
-      Pin(out_);
-      Free(L::kValuesFree, values.stage);
-      values.Advance();
-      ring_ = values;
       Finish(item);
     }
   }
@@ -285,20 +274,19 @@ class Consumer {
  private:
   using L = SharedLayout<kDim>;
   static constexpr int kSteps = kDim / 16;
-  static constexpr float kRaise = 8.0f;  // the maximum is raised when weights would pass 2^8
+  // The maximum is raised when a lane's sum of weights would pass this: far below FP16's range, which a
+  // weight has.
+  static constexpr float kMostSum = 4096.0f;
 
   __device__ __forceinline__ void Begin(const PrefillItem& item) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int first = item.first + static_cast<int>(threadIdx.x) / 32 * 16 + g;
-    const int queries = item.rows * group_;
+    first_ = item.first + static_cast<int>(threadIdx.x) / 32 * 16 + g;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int query = first + 8 * h;
-      valid_[h] = query < queries;
-      const int of = min(query, queries - 1);
-      row_[h] = of / group_;
-      head_[h] = item.kv_head * group_ + of % group_;
-      const uint16_t* q = p_.layer.q + (item.row_begin + row_[h]) * p_.layer.q_stride + head_[h] * kDim;
+      const int query = Query(item, h);
+      row_[h] = query / group_;
+      const uint16_t* q = p_.layer.q + (item.row_begin + row_[h]) * p_.layer.q_stride +
+                          (item.kv_head * group_ + query % group_) * kDim;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
@@ -313,10 +301,50 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) out_[i] = 0;
   }
+  // Past the last query, the last one again.
+  __device__ __forceinline__ int Query(const PrefillItem& item, int h) const {
+    return min(first_ + 8 * h, item.rows * group_ - 1);
+  }
 
-  __device__ __forceinline__ void MultiplyKeys(int stage, uint32_t parity) {
-    BarrierWait(base_ + L::kKeysFull + stage * 8, parity);
-    const uint64_t keys = WgmmaDescriptor(base_ + L::kKeys + stage * L::kTileBytes);
+  // The scores of a tile and, meanwhile, the values of the one before times `now`; weights of the tile to
+  // `next`. The warpgroups take turns in giving tensor cores work, so that one's exponentials are computed
+  // while the other's products are.
+  __device__ __forceinline__ void Step(const PrefillItem& item, int tile, bool last, uint32_t (&now)[4][4],
+                                       uint32_t (&next)[4][4]) {
+    BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
+    BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
+#ifndef NO_TURNS
+    if (warpgroup_ != 0 || tile != 1) NamedBarrierSync<256>(kTurn + warpgroup_);
+#endif
+    MultiplyKeys();
+    MultiplyValues(now);
+#ifndef NO_TURNS
+    if (warpgroup_ == 0 || !last) NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
+#endif
+    const int tokens = Tokens();
+    WgmmaWait<1>();
+    Pin(scores_);
+    Free(L::kKeysFree, keys_.stage);
+    keys_.Advance();
+    Softmax(item, tile, tokens, next);
+    WgmmaWait<0>();
+    Pin(out_);
+    Pin(now);
+    Free(L::kValuesFree, values_.stage);
+    values_.Advance();
+    if (raised_) Scale();
+  }
+  __device__ __forceinline__ void MultiplyLast(uint32_t (&weights)[4][4]) {
+    BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
+    MultiplyValues(weights);
+    WgmmaWait<0>();
+    Pin(out_);
+    Pin(weights);
+    Free(L::kValuesFree, values_.stage);
+    values_.Advance();
+  }
+  __device__ __forceinline__ void MultiplyKeys() {
+    const uint64_t keys = WgmmaDescriptor(base_ + L::kKeys + keys_.stage * L::kTileBytes);
     Pin(scores_);
     WgmmaFence();
 #pragma unroll
@@ -326,14 +354,13 @@ class Consumer {
     }
     WgmmaCommit();
   }
-  __device__ __forceinline__ void MultiplyValues(int stage, uint32_t parity) {
-    BarrierWait(base_ + L::kValuesFull + stage * 8, parity);
-    const uint64_t values = WgmmaDescriptor(base_ + L::kValues + stage * L::kTileBytes);
+  __device__ __forceinline__ void MultiplyValues(const uint32_t (&weights)[4][4]) {
+    const uint64_t values = WgmmaDescriptor(base_ + L::kValues + values_.stage * L::kTileBytes);
     Pin(out_);
     WgmmaFence();
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      Wgmma(out_, weights_[s][0], weights_[s][1], weights_[s][2], weights_[s][3], values + s * 2, 1);
+      Wgmma(out_, weights[s][0], weights[s][1], weights[s][2], weights[s][3], values + s * 2, 1);
     }
     WgmmaCommit();
   }
@@ -341,84 +368,72 @@ class Consumer {
     __syncwarp();
     if (threadIdx.x % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
   }
-
-  // Scores to weights 2^(score - maximum), packed into next_; factor_ is what the output is to be multiplied
-  // by.
-  __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, int stage) {
-    const int t = threadIdx.x & 3;
-    // One lane reads, because one lane says that the stage is free.
+  // Valid tokens of the tile of keys. One lane reads, because one lane says that the stage is free.
+  __device__ __forceinline__ int Tokens() const {
     int tokens = 0;
-    if (threadIdx.x % 32 == 0) tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + stage * 4));
-    tokens = __shfl_sync(~0u, tokens, 0);
+    if (threadIdx.x % 32 == 0) tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + keys_.stage * 4));
+    return __shfl_sync(~0u, tokens, 0);
+  }
+
+  // Scores to weights 2^(score - maximum). Whether the maximum is still good enough shows in their sum, so
+  // that it is searched only when it is not; then factor_ is what the output is to be multiplied by.
+  __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, int tokens,
+                                          uint32_t (&weights)[4][4]) {
     const int row_tile = tile - item.blocks;
-    if (tokens < kTileTokens64 || row_tile >= 0) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int limit = row_tile >= 0 ? row_[h] - row_tile * kTileTokens64 : tokens - 1;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (ElementOf(j * 8 + 2 * t + c) > limit) scores_[j * 4 + h * 2 + c] = -INFINITY;
-          }
-        }
-      }
-    }
-    float most[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float x = scores_[h * 2];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) x = fmaxf(x, scores_[j * 4 + h * 2 + c]);
-      }
-      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-      most[h] = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * p_.scale_log2;
-      factor_[h] = 1;
-    }
-    raised_ = __any_sync(~0u, most[0] > max_[0] + kRaise || most[1] > max_[1] + kRaise);
+    if (tokens < kTileTokens64 || row_tile >= 0) Mask(row_tile, tokens);
+    float sum[2] = {Weigh(0, max_[0], weights), Weigh(1, max_[1], weights)};
+    raised_ = __any_sync(~0u, !(sum[0] < kMostSum && sum[1] < kMostSum));
     if (raised_) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float next = fmaxf(max_[h], most[h]);
-        factor_[h] = max_[h] == -INFINITY ? 0.0f : Exp2(max_[h] - next);
-        sum_[h] *= factor_[h];
+        const float next = fmaxf(max_[h], Largest(h));
+        factor_[h] = next == -INFINITY || max_[h] == -INFINITY ? 0.0f : Exp2(max_[h] - next);
         max_[h] = next;
+        sum_[h] *= factor_[h];
+        sum[h] = Weigh(h, next == -INFINITY ? 0.0f : next, weights);
       }
     }
+    sum_[0] += sum[0], sum_[1] += sum[1];
+  }
+  __device__ __forceinline__ void Mask(int row_tile, int tokens) {
+    const int t = threadIdx.x & 3;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float max = max_[h] == -INFINITY ? 0.0f : max_[h];
-      float sum = 0;
+      const int limit = row_tile >= 0 ? row_[h] - row_tile * kTileTokens64 : tokens - 1;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          float& x = scores_[j * 4 + h * 2 + c];
-          x = Exp2(fmaf(x, p_.scale_log2, -max));
-          sum += x;
+          if (ElementOf(j * 8 + 2 * t + c) > limit) scores_[j * 4 + h * 2 + c] = -INFINITY;
         }
       }
-      sum_[h] += sum;
     }
   }
+  // Of row h: the largest score, base 2.
+  __device__ __forceinline__ float Largest(int h) const {
+    float x = scores_[h * 2];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x = fmaxf(x, fmaxf(scores_[j * 4 + h * 2], scores_[j * 4 + h * 2 + 1]));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * p_.scale_log2;
+  }
+  // The weights of row h; this lane's sum of them.
+  __device__ __forceinline__ float Weigh(int h, float max, uint32_t (&weights)[4][4]) const {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float a = Exp2(fmaf(scores_[j * 4 + h * 2], p_.scale_log2, -max));
+      const float b = Exp2(fmaf(scores_[j * 4 + h * 2 + 1], p_.scale_log2, -max));
+      weights[j / 2][j % 2 * 2 + h] = PackF16(a, b);
+      sum += a, sum += b;
+    }
+    return sum;
+  }
   __device__ __forceinline__ void Scale() {
-    if (!raised_) return;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) out_[j * 4 + c] *= factor_[c / 2];
-    }
-  }
-  // Not while products that read weights_ are in flight.
-  __device__ __forceinline__ void PackWeights() {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        weights_[j / 2][j % 2 * 2 + h] = PackF16(scores_[j * 4 + h * 2], scores_[j * 4 + h * 2 + 1]);
-      }
     }
   }
 
@@ -432,9 +447,11 @@ class Consumer {
       sum += __shfl_xor_sync(~0u, sum, 2);
       float factor = 1.0f / sum;
       if (p_.codec == Codec::kRotated) factor *= kDim == 128 ? 0x1.6a09e6p-4f : 0.125f;
-      if (!valid_[h]) continue;
-      uint16_t* out =
-          p_.layer.out + (int64_t{item.row_begin + row_[h]} * p_.num_heads + head_[h]) * kDim + 2 * t;
+      const int query = Query(item, h);
+      if (query != first_ + 8 * h) continue;
+      uint16_t* out = p_.layer.out +
+                      (int64_t{item.row_begin + row_[h]} * p_.num_heads + item.kv_head * group_ +
+                       query % group_) * kDim + 2 * t;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
         *reinterpret_cast<uint32_t*>(out + j * 8) =
@@ -469,15 +486,14 @@ class Consumer {
 
   const PrefillParams& p_;
   const uint32_t base_;
-  const int group_;
-  Ring<kStages> ring_;
+  const int group_, warpgroup_;
+  Ring<kStages> keys_, values_;
   uint32_t queries_[kSteps][4];
-  uint32_t weights_[4][4];
   float scores_[32] = {};
   float out_[kDim / 2];
   float max_[2], sum_[2], factor_[2];
-  int row_[2], head_[2];
-  bool valid_[2], raised_ = false;
+  int first_, row_[2];
+  bool raised_ = false;
 };
 
 template <int kDim>
@@ -488,8 +504,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const int group = p.num_heads / p.num_kv_heads;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kRawStages; ++i) {
-      BarrierInit(base + L::kRawFull + i * 8, 1);
-      BarrierInit(base + L::kRawFree + i * 8, 2 * kExpandThreads);
+      BarrierInit(base + L::kRawKeysFull + i * 8, 1);
+      BarrierInit(base + L::kRawValuesFull + i * 8, 1);
     }
     for (int i = 0; i < kStages; ++i) {
       BarrierInit(base + L::kKeysFull + i * 8, 4);
@@ -503,10 +519,10 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup < 2) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
-    Consumer<kDim>(p, base, group).Run();
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+    Consumer<kDim>(p, base, group, warpgroup).Run();
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
     if (warpgroup == 2) {
       Producer<kDim, Side::kK>(p, base, group).Run();
     } else {

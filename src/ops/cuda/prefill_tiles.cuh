@@ -3,9 +3,9 @@
 // elements (tokens). They come from blocks of the cache, expanded on the way, or from the rows of the step.
 //
 // The order of channels within a row of keys is free, if the queries have the same, and so is the order of
-// tokens, if keys and values have the same. Both are such that what a lane expands lies side by side:
-// position t * 8 + i % 2 * 4 + h * 2 + c within a pair of tiles holds element i * 16 + h * 8 + t * 2 + c
-// (tile i, column h * 8 + t * 2 + c of it: layout.h).
+// tokens, if keys and values have the same. Both are such that what a lane expands lies side by side, and
+// what eight lanes store at a time in different banks: position t * 16 + i * 4 + h * 2 + c within four tiles
+// holds element i * 16 + h * 8 + t * 2 + c (tile i, column h * 8 + t * 2 + c of it: layout.h).
 #ifndef TRIAXIAL_OPS_CUDA_PREFILL_TILES_CUH_
 #define TRIAXIAL_OPS_CUDA_PREFILL_TILES_CUH_
 
@@ -17,10 +17,10 @@ namespace triaxial::cuda {
 inline constexpr int kExpandThreads = 128;  // the warpgroup that fills the tiles
 
 __device__ __forceinline__ constexpr int PositionOf(int element) {
-  return element / 32 * 32 + element % 8 / 2 * 8 + element / 16 % 2 * 4 + element / 8 % 2 * 2 + element % 2;
+  return element / 64 * 64 + element % 8 / 2 * 16 + element / 16 % 4 * 4 + element / 8 % 2 * 2 + element % 2;
 }
 __device__ __forceinline__ constexpr int ElementOf(int position) {
-  return position / 32 * 32 + position / 4 % 2 * 16 + position / 2 % 2 * 8 + position / 8 % 4 * 2 +
+  return position / 64 * 64 + position / 4 % 4 * 16 + position / 2 % 2 * 8 + position / 16 % 4 * 2 +
          position % 2;
 }
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ uint32_t CodesToF16(uint32_t word) {
   constexpr uint32_t kMask = ((1u << kBits) - 1) << (kBits * kInByte) | ((1u << kBits) - 1)
                                                                             << (kBits * kInByte + 16);
   const uint32_t source = I >= 8 / kBits ? word >> 8 : word;
-  const uint32_t biased = (source & kMask) | 0x64006400u;
+  uint32_t biased;  // (source & kMask) | 1024: the compiler would make two operations of it
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(biased) : "r"(source), "n"(kMask), "r"(0x64006400u));
   constexpr float kUnit = 1.0f / (1 << (kBits * kInByte));
   const __half2 unit = __floats2half2_rn(kUnit, kUnit),
                 bias = __floats2half2_rn(-1024 * kUnit, -1024 * kUnit);
@@ -112,7 +113,7 @@ __device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t
                          Expand<kBits, kFirst>(h ? w.w : w.z, scale[h], minimum[h]),
                          Expand<kBits, kSecond>(h ? v.y : v.x, scale[h], minimum[h]),
                          Expand<kBits, kSecond>(h ? v.w : v.z, scale[h], minimum[h])};
-      StoreShared16(keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 2 * 4 + t), out);
+      StoreShared16(keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 4 * 8 + t * 2 + kStep / 2 % 2), out);
     }
     ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, keys, tile, scale, minimum, lane, w);
   }
@@ -151,7 +152,7 @@ __device__ __forceinline__ void ExpandValueSteps(uint32_t raw, int tiles, uint32
                        Expand<kBits, kField>(half ? a.w : a.z, scale.y, minimum.z),
                        Expand<kBits, kField>(half ? b.y : b.x, scale.z, minimum.y),
                        Expand<kBits, kField>(half ? b.w : b.z, scale.w, minimum.w)};
-    StoreShared16(values + ValueOffset(kStep * 16 + half * 8 + g, pair * 4 + t), out);
+    StoreShared16(values + ValueOffset(kStep * 16 + half * 8 + g, t * 2 + pair), out);
     ExpandValueSteps<kDim, kBits, kStep + 1>(raw, tiles, values, pair, half, scale, minimum, lane, a, b);
   }
 }
@@ -168,9 +169,9 @@ __device__ __forceinline__ void ExpandValues(uint32_t raw, int tiles, uint32_t v
 
 // The blocks of kPaper, element by element.
 template <int kDim>
-__device__ __noinline__ void ExpandPaper(uint32_t shared, int bits, Side side, uint32_t tile) {
+__device__ __noinline__ void ExpandPaper(uint32_t shared, int bits, Side side, uint32_t tile, int thread) {
   const auto* raw = static_cast<const uint8_t*>(__cvta_shared_to_generic(shared));
-  for (int item = threadIdx.x % kExpandThreads; item < 64 * kDim / 8; item += kExpandThreads) {
+  for (int item = thread; item < 64 * kDim / 8; item += kExpandThreads) {
     uint32_t words[4];
     const int row = side == Side::kK ? item % 64 : item % kDim,
               piece = side == Side::kK ? item / 64 : item / kDim;
@@ -198,9 +199,9 @@ __device__ __noinline__ void ExpandPaper(uint32_t shared, int bits, Side side, u
 
 // 64 rows of the step, BF16, one after the other in shared memory.
 template <int kDim>
-__device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys) {
+__device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys, int thread) {
 #pragma unroll 4
-  for (int item = threadIdx.x % kExpandThreads; item < 64 * kDim / 8; item += kExpandThreads) {
+  for (int item = thread; item < 64 * kDim / 8; item += kExpandThreads) {
     const int channel = item % (kDim / 8) * 8, token = item / (kDim / 8);
     const uint4 w = LoadShared16(rows + (token * kDim + channel) * 2);
     const int row = PositionOf(token);
@@ -214,9 +215,9 @@ __device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys) {
 }
 // Rows past `count` were not brought and are zero.
 template <int kDim>
-__device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t values) {
+__device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t values, int thread) {
 #pragma unroll 2
-  for (int item = threadIdx.x % kExpandThreads; item < 32 * kDim / 8; item += kExpandThreads) {
+  for (int item = thread; item < 32 * kDim / 8; item += kExpandThreads) {
     // A warp has 8 pairs of tokens and 4 pieces of 8 channels, for the sake of the banks.
     const int token = (item / 4 % 8 + item / kDim * 8) * 2;
     const int channel = (item % 4 + item / 32 % (kDim / 32) * 4) * 8;
@@ -239,7 +240,7 @@ template <int kDim>
 __device__ __forceinline__ void ExpandKeysOf(Codec codec, int bits, uint32_t raw, int tiles, uint32_t keys,
                                              int thread) {
   if (bits < 8 && codec == Codec::kPaper) {
-    ExpandPaper<kDim>(raw, bits, Side::kK, keys);
+    ExpandPaper<kDim>(raw, bits, Side::kK, keys, thread);
   } else if (bits == 2) {
     ExpandKeys<kDim, 2>(raw, tiles, keys, thread);
   } else if (bits == 4) {
@@ -254,7 +255,7 @@ template <int kDim>
 __device__ __forceinline__ void ExpandValuesOf(Codec codec, int bits, uint32_t raw, int tiles,
                                                uint32_t values, int thread) {
   if (bits < 8 && codec == Codec::kPaper) {
-    ExpandPaper<kDim>(raw, bits, Side::kV, values);
+    ExpandPaper<kDim>(raw, bits, Side::kV, values, thread);
   } else if (bits == 2) {
     ExpandValues<kDim, 2>(raw, tiles, values, thread);
   } else if (bits == 4) {

@@ -51,6 +51,15 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Hardware barriers 1 to 15, among `kThreads` threads in whole warps.
+template <int kThreads>
+__device__ __forceinline__ void NamedBarrierSync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void NamedBarrierArrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
 // 16-byte aligned, a multiple of 16 bytes; completes on `barrier`.
 __device__ __forceinline__ void BulkLoad(uint32_t shared, const void* global, uint32_t bytes,
                                          uint32_t barrier) {

@@ -28,6 +28,15 @@ __device__ __forceinline__ void Pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+// The same for A's.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void Pin(uint32_t (&x)[kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) asm volatile("" : "+r"(x[i][j])::"memory");
+  }
+}
 
 // `add` 0: D = A B.
 __device__ __forceinline__ void Wgmma(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
