@@ -85,7 +85,11 @@ class WorkList {
   Upload upload_;
 };
 using DecodeList = WorkList<KvBlockRef, DecodeItem>;
+// Units, then items, of all passes.
 using PrefillList = WorkList<PrefillBlock, PrefillItem>;
+
+// Expanded tiles take so much memory, or more for one head of one very long sequence.
+constexpr int64_t kTileMemory = int64_t{128} << 20;
 
 }  // namespace
 
@@ -94,7 +98,7 @@ struct Attention::State {
       : geometry(g), num_heads(heads), multiprocessors(CurrentDevice().multiprocessors) {
     machine = {.blocks = multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
     prefill_list = std::make_unique<PrefillList>(
-        limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.rows), multiprocessors);
+        limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.rows), 0);
     if (g.codec == Codec::kRotated) {
       const int items = MaxItems(g, heads, machine, limits.sequences);
       decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
@@ -105,20 +109,40 @@ struct Attention::State {
       CUDA_OK(cudaMemset(counters.Reserve(counter_bytes), 0, counter_bytes));
     } else {
       one_row_list = std::make_unique<PrefillList>(
-          limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.sequences), multiprocessors);
+          limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.sequences), 0);
     }
     CUDA_OK(cudaDeviceSynchronize());
   }
 
-  void Prefill(const PrefillList& list, const LayerAttention& layer, cudaStream_t stream) const {
-    LaunchPrefillSm90({.layer = layer,
-                       .codec = geometry.codec,
-                       .num_heads = num_heads,
-                       .num_kv_heads = geometry.num_kv_heads,
-                       .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
-                       .table = list.table(),
-                       .items = list.items()},
-                      geometry.head_dim, multiprocessors, stream);
+  int64_t tile_bytes() const { return int64_t{2} * kBlockTokens * geometry.head_dim * 2; }
+
+  void PlanRows(std::span<const AttentionSequence> sequences, int least, int most, PrefillPlan* plan,
+                PrefillList* list, cudaStream_t stream) {
+    PlanPrefill(geometry, num_heads, least, most, static_cast<int>(kTileMemory / tile_bytes()), sequences,
+                plan);
+    if (plan->passes.empty()) return;
+    tiles.Reserve(static_cast<size_t>(std::max(plan->most_tiles * tile_bytes(), int64_t{1})));
+    unit_and_items.assign(plan->units.begin(), plan->units.end());
+    unit_and_items.insert(unit_and_items.end(), plan->items.begin(), plan->items.end());
+    list->Send(plan->table, unit_and_items, stream);
+  }
+
+  void Prefill(const PrefillPlan& plan, const PrefillList& list, const LayerAttention& layer,
+               cudaStream_t stream) const {
+    for (const PrefillPass& pass : plan.passes) {
+      LaunchPrefillSm90({.layer = layer,
+                         .codec = geometry.codec,
+                         .num_heads = num_heads,
+                         .num_kv_heads = geometry.num_kv_heads,
+                         .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
+                         .table = list.table(),
+                         .units = list.items() + pass.first_unit,
+                         .items = list.items() + plan.units.size() + pass.first_item,
+                         .item_count = pass.items,
+                         .tiles = tiles.data()},
+                        geometry.head_dim, pass.units, pass.most_tiles,
+                        std::min(multiprocessors, pass.items), stream);
+    }
   }
 
   const KvGeometry geometry;
@@ -131,7 +155,8 @@ struct Attention::State {
   std::unique_ptr<PrefillList> one_row_list, prefill_list;
   DecodePlan decode;
   PrefillPlan one_row, prefill;
-  DeviceBuffer partial_out, partial_sums, counters;
+  std::vector<PrefillItem> unit_and_items;
+  DeviceBuffer tiles, partial_out, partial_sums, counters;
 };
 
 Attention::Attention(const KvGeometry& geometry, int num_heads, const AttentionLimits& limits) {
@@ -148,11 +173,9 @@ void Attention::Plan(std::span<const AttentionSequence> sequences, cudaStream_t 
     PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.decode);
     s.decode_list->Send(s.decode.table, s.decode.items, stream);
   } else {
-    PlanPrefill(s.geometry, s.num_heads, 1, 1, sequences, &s.one_row);
-    s.one_row_list->Send(s.one_row.table, s.one_row.items, stream);
+    s.PlanRows(sequences, 1, 1, &s.one_row, s.one_row_list.get(), stream);
   }
-  PlanPrefill(s.geometry, s.num_heads, 2, std::numeric_limits<int>::max(), sequences, &s.prefill);
-  if (has_prefill()) s.prefill_list->Send(s.prefill.table, s.prefill.items, stream);
+  s.PlanRows(sequences, 2, std::numeric_limits<int>::max(), &s.prefill, s.prefill_list.get(), stream);
 }
 
 bool Attention::has_decode() const { return !state_->decode.items.empty() || !state_->one_row.items.empty(); }
@@ -160,7 +183,7 @@ bool Attention::has_prefill() const { return !state_->prefill.items.empty(); }
 
 void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
   const State& s = *state_;
-  if (s.one_row_list) return s.Prefill(*s.one_row_list, layer, stream);
+  if (s.one_row_list) return s.Prefill(s.one_row, *s.one_row_list, layer, stream);
   LaunchDecodeSm90({.layer = layer,
                     .num_heads = s.num_heads,
                     .num_kv_heads = s.geometry.num_kv_heads,
@@ -174,7 +197,7 @@ void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
 }
 
 void Attention::RunPrefill(const LayerAttention& layer, cudaStream_t stream) {
-  if (has_prefill()) state_->Prefill(*state_->prefill_list, layer, stream);
+  if (has_prefill()) state_->Prefill(state_->prefill, *state_->prefill_list, layer, stream);
 }
 
 }  // namespace triaxial::cuda

@@ -234,22 +234,21 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
 
 int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows) {
   const int group = num_heads / geometry.num_kv_heads;
-  return geometry.num_kv_heads * (sequences + rows * group / kPrefillTileQueries);
+  return geometry.num_kv_heads * (2 * sequences + rows * group / kPrefillTileQueries);
 }
 
-void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most,
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most, int room,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan) {
   plan->table.clear();
+  plan->units.clear();
   plan->items.clear();
-  const int group = num_heads / geometry.num_kv_heads;
-  struct Tile {
-    int64_t tokens;  // to be attended to
-    PrefillItem item;
-  };
-  std::vector<Tile> tiles;
+  plan->passes.clear();
+  plan->most_tiles = 0;
+  int tiles = 0;  // of the last pass
   for (const AttentionSequence& sequence : sequences) {
     if (sequence.rows < least || sequence.rows > most) continue;
     const auto table = static_cast<int32_t>(plan->table.size());
+    const auto blocks = static_cast<int32_t>(sequence.blocks.size());
     for (const KvBlockRef& block : sequence.blocks) {
       plan->table.push_back({.unit_row = block.unit_row,
                              .tokens = block.tokens,
@@ -257,23 +256,47 @@ void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most,
                              .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
                              .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
     }
-    for (int first = 0; first < sequence.rows * group; first += kPrefillTileQueries) {
-      const int last_row = std::min(sequence.rows - 1, (first + kPrefillTileQueries - 1) / group);
-      tiles.push_back({static_cast<int64_t>(sequence.blocks.size()) * kBlockTokens + last_row + 1,
-                       {.row_begin = sequence.row_begin,
-                        .rows = sequence.rows,
-                        .first = first,
-                        .table = table,
-                        .blocks = static_cast<int32_t>(sequence.blocks.size())}});
+    const int of_unit = blocks + (sequence.rows + kBlockTokens - 1) / kBlockTokens;
+    for (int head = 0; head < geometry.num_kv_heads; ++head) {
+      if (plan->passes.empty() || tiles + of_unit > room) {
+        plan->passes.push_back({.first_unit = static_cast<int>(plan->units.size())});
+        tiles = 0;
+      }
+      plan->units.push_back({.row_begin = sequence.row_begin,
+                             .rows = sequence.rows,
+                             .kv_head = head,
+                             .table = table,
+                             .blocks = blocks,
+                             .tile = tiles});
+      PrefillPass& pass = plan->passes.back();
+      ++pass.units;
+      pass.most_tiles = std::max(pass.most_tiles, of_unit);
+      tiles += of_unit;
+      plan->most_tiles = std::max(plan->most_tiles, tiles);
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const Tile& a, const Tile& b) { return a.tokens > b.tokens; });
-  for (Tile& tile : tiles) {
-    for (int head = 0; head < geometry.num_kv_heads; ++head) {
-      tile.item.kv_head = head;
-      plan->items.push_back(tile.item);
+
+  const int group = num_heads / geometry.num_kv_heads;
+  struct Tile {
+    int64_t tokens;  // to be attended to
+    PrefillItem item;
+  };
+  std::vector<Tile> queries;
+  for (PrefillPass& pass : plan->passes) {
+    queries.clear();
+    for (int u = pass.first_unit; u < pass.first_unit + pass.units; ++u) {
+      PrefillItem item = plan->units[static_cast<size_t>(u)];
+      for (; item.first < item.rows * group; item.first += kPrefillTileQueries) {
+        const int last_row = std::min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+        queries.push_back({int64_t{item.blocks} * kBlockTokens + last_row + 1, item});
+      }
     }
+    // Heads beside each other.
+    std::stable_sort(queries.begin(), queries.end(),
+                     [](const Tile& a, const Tile& b) { return a.tokens > b.tokens; });
+    pass.first_item = static_cast<int>(plan->items.size());
+    pass.items = static_cast<int>(queries.size());
+    for (const Tile& tile : queries) plan->items.push_back(tile.item);
   }
 }
 

@@ -61,7 +61,8 @@ struct PrefillBlock {
 static_assert(sizeof(PrefillBlock) == 8);
 
 // A tile of queries that share a KV head, for one thread block: rows and heads of the group count together,
-// row r and head h as r * group + h. `rows` 0 ends the list.
+// row r and head h as r * group + h. Or, with any `first`, a unit: all that a KV head of a sequence attends
+// to.
 inline constexpr int kPrefillTileQueries = 128;
 struct alignas(16) PrefillItem {
   int32_t row_begin = 0;  // of the sequence
@@ -70,19 +71,31 @@ struct alignas(16) PrefillItem {
   int32_t kv_head = 0;
   int32_t table = 0;  // index of the sequence's first block
   int32_t blocks = 0;
-  int32_t unused[2] = {};
+  int32_t tile = 0;  // where the unit begins in the pass's memory: one for each block, one for each 64 rows
+  int32_t unused = 0;
 };
 static_assert(sizeof(PrefillItem) == 32);
 
-struct PrefillPlan {
-  std::vector<PrefillBlock> table;
-  std::vector<PrefillItem> items;  // heaviest first
+// Units that are in memory at a time, and the items that read them.
+struct PrefillPass {
+  int first_unit = 0, units = 0;
+  int first_item = 0, items = 0;
+  int most_tiles = 0;  // of a unit
 };
 
-// The sequences with as many rows as `least` to `most`.
-void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most,
+struct PrefillPlan {
+  std::vector<PrefillBlock> table;
+  std::vector<PrefillItem> units;
+  std::vector<PrefillItem> items;  // of each pass, heaviest first
+  std::vector<PrefillPass> passes;
+  int most_tiles = 0;  // of a pass
+};
+
+// The sequences with as many rows as `least` to `most`. A pass has more than `room` tiles only if it has but
+// one unit.
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most, int room,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan);
-// Of any plan with so many sequences and rows.
+// Units and items of any plan with so many sequences and rows.
 int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows);
 
 }  // namespace triaxial::cuda

@@ -1,11 +1,11 @@
 // Prefill attention: many query rows over cached blocks of any format, then causally over the rows of the
 // step.
 //
-// A thread block owns 128 queries (rows and heads of a group) of a KV head and walks over tiles of 64 tokens,
-// in three steps that follow each other through shared memory. Bulk copies bring blocks as they are stored.
-// Two warpgroups expand them to FP16 tiles (prefill_tiles.cuh), one the keys, one the values, once for all
-// 128 queries. Two others, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers;
-// the scores of a tile are computed while the values of the one before are multiplied.
+// All of that is brought into the form of tensor cores once for all queries of a KV head, as tiles of 64
+// tokens in global memory (ExpandTiles), and then read by every thread block. A thread block owns 128 queries
+// (rows and heads of a group) of a KV head. One warp brings tiles into shared memory by bulk copies. Two
+// warpgroups, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers; the scores of
+// a tile are computed while the values of the one before are multiplied.
 #include "ops/cuda/device.h"
 #include "ops/cuda/prefill_attention_sm90.h"
 #include "ops/cuda/prefill_tiles.cuh"
@@ -14,31 +14,21 @@
 namespace triaxial::cuda {
 namespace {
 
-constexpr int kTileTokens64 = 64, kStages = 3, kRawStages = 4;
-constexpr int kThreads = 4 * 128;
-// Named barriers: by those of kReadKeys (and kReadValues) a warpgroup says that it has read a raw stage, by
-// those of kTurn consumers take turns.
-constexpr int kReadKeys = 1, kReadValues = kReadKeys + kRawStages, kTurn = kReadValues + kRawStages,
-              kRowsOfKeys = kTurn + 2, kRowsOfValues = kRowsOfKeys + 1;
+constexpr int kTileTokens64 = 64, kStages = 6;
+constexpr int kThreads = 3 * 128;
+constexpr int kTurn = 1;  // the first of two hardware barriers, by which consumers take turns
 
 template <int kDim>
 struct SharedLayout {
   static constexpr int kTileBytes = kTileTokens64 * kDim * 2;
-  static constexpr int kRawBytes = kTileBytes;  // a side of a BF16 block, the largest
   static constexpr int kKeys = 0;
   static constexpr int kValues = kKeys + kStages * kTileBytes;
-  static constexpr int kRawKeys = kValues + kStages * kTileBytes;
-  static constexpr int kRawValues = kRawKeys + kRawStages * kRawBytes;
-  // Barriers, 8 bytes each. Then what the stages hold.
-  static constexpr int kRawKeysFull = kRawValues + kRawStages * kRawBytes;
-  static constexpr int kRawValuesFull = kRawKeysFull + kRawStages * 8;
-  static constexpr int kKeysFull = kRawValuesFull + kRawStages * 8;
+  // Barriers, 8 bytes each.
+  static constexpr int kKeysFull = kValues + kStages * kTileBytes;
   static constexpr int kKeysFree = kKeysFull + kStages * 8;
   static constexpr int kValuesFull = kKeysFree + kStages * 8;
   static constexpr int kValuesFree = kValuesFull + kStages * 8;
-  static constexpr int kRawKeysBlocks = kValuesFree + kStages * 8;  // the word of PrefillBlock after unit_row
-  static constexpr int kRawValuesBlocks = kRawKeysBlocks + kRawStages * 4;
-  static constexpr int kTokens = kRawValuesBlocks + kRawStages * 4;  // valid tokens of a tile
+  static constexpr int kTokens = kValuesFree + kStages * 8;  // valid tokens of a tile
   static constexpr int kBytes = kTokens + kStages * 4;
 };
 
@@ -52,185 +42,113 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ int TilesOfRows(int last_row) { return last_row / kTileTokens64 + 1; }
-__device__ __forceinline__ int LastRow(const PrefillItem& item, int group) {
-  return min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
-}
-__device__ __forceinline__ PrefillItem LoadItem(const PrefillParams& p, int index) {
-  const auto* words = reinterpret_cast<const int4*>(p.items + index);
+__device__ __forceinline__ PrefillItem LoadItem(const PrefillItem* items, int index) {
+  const auto* words = reinterpret_cast<const int4*>(items + index);
   const int4 a = words[0], b = words[1];
-  return {.row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y};
+  return {.row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y, .tile = b.z};
+}
+// Tiles that the queries of an item see: its blocks, then those with rows of the step up to its last one.
+__device__ __forceinline__ int TilesOf(const PrefillItem& item, int group) {
+  const int last_row = min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+  return item.blocks + last_row / kTileTokens64 + 1;
 }
 
-// A walk over the tiles of all items of this thread block: of each, its blocks, then tiles of rows of the
-// step.
-class Walk {
- public:
-  __device__ __forceinline__ Walk(const PrefillParams& p, int group)
-      : p_(p), group_(group), index_(static_cast<int>(blockIdx.x)) {
-    Begin();
+// One thread block for each tile of a unit: a block of the cache or 64 rows of the step. One warpgroup expands
+// the keys, one the values.
+template <int kDim>
+__global__ void __launch_bounds__(2 * kExpandThreads) ExpandTiles(const __grid_constant__ PrefillParams p) {
+  constexpr int kTileBytes = SharedLayout<kDim>::kTileBytes;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ __align__(8) uint64_t barrier_storage;
+  const uint32_t tiles = SharedAddress(shared), raw = tiles + 2 * kTileBytes;
+  const uint32_t barrier = SharedAddress(&barrier_storage);
+  const PrefillItem unit = LoadItem(p.units, static_cast<int>(blockIdx.y));
+  const int tile = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const int first_row = (tile - unit.blocks) * kTileTokens64;
+  if (first_row >= unit.rows) return;
+  if (thread == 0) {
+    BarrierInit(barrier, 1);
+    FenceBarrierInit();
+    FenceProxyAsync();
   }
-  __device__ __forceinline__ bool done() const { return item_.rows == 0; }
-  __device__ __forceinline__ const PrefillItem& item() const { return item_; }
-  __device__ __forceinline__ int tile() const { return tile_; }
-  // Of a tile of rows: the first of them, counted from the sequence's first.
-  __device__ __forceinline__ bool is_block() const { return tile_ < item_.blocks; }
-  __device__ __forceinline__ int first_row() const { return (tile_ - item_.blocks) * kTileTokens64; }
-  __device__ __forceinline__ void Advance() {
-    if (++tile_ < tiles_) return;
-    index_ += static_cast<int>(gridDim.x);
-    Begin();
+  __syncthreads();
+  const bool keys = thread < kExpandThreads;
+  const uint32_t to = tiles + (keys ? 0 : kTileBytes);
+  if (first_row < 0) {
+    const PrefillBlock block = p.table[unit.table + tile];
+    const int k = SideSize(p.codec, kDim, block.k_bits, block.capacity);
+    const int v = SideSize(p.codec, kDim, block.v_bits, block.capacity);
+    if (thread == 0) {
+      const uint8_t* from = p.layer.arena +
+                            static_cast<int64_t>(block.unit_row) * (p.num_kv_heads * kUnitBytes) +
+                            unit.kv_head * (k + v);
+      BarrierExpect(barrier, static_cast<uint32_t>(k + v));
+      BulkLoad(raw, from, static_cast<uint32_t>(k + v), barrier);
+    }
+    BarrierWait(barrier, 0);
+    if (keys) {
+      ExpandKeysOf<kDim>(p.codec, block.k_bits, raw, block.capacity / 16, to, thread);
+    } else {
+      ExpandValuesOf<kDim>(p.codec, block.v_bits, raw + static_cast<uint32_t>(k), block.capacity / 16, to,
+                           thread - kExpandThreads);
+    }
+  } else {
+    constexpr uint32_t kRowBytes = kDim * 2;
+    const int rows = min(unit.rows - first_row, kTileTokens64), row = thread % kTileTokens64;
+    if (thread == 0) BarrierExpect(barrier, 2 * static_cast<uint32_t>(rows) * kRowBytes);
+    if (thread < 2 * kTileTokens64 && row < rows) {
+      const uint16_t* from = (thread < kTileTokens64 ? p.layer.k : p.layer.v) +
+                             (unit.row_begin + first_row + row) * p.layer.kv_stride + unit.kv_head * kDim;
+      BulkLoad(raw + static_cast<uint32_t>(thread) * kRowBytes, from, kRowBytes, barrier);
+    }
+    BarrierWait(barrier, 0);
+    if (keys) {
+      RowsToKeys<kDim>(raw, rows, to, thread);
+    } else {
+      RowsToValues<kDim>(raw + kTileBytes, rows, to, thread - kExpandThreads);
+    }
   }
-
- private:
-  __device__ __forceinline__ void Begin() {
-    item_ = LoadItem(p_, index_);
-    tile_ = 0;
-    tiles_ = item_.rows == 0 ? 0 : item_.blocks + TilesOfRows(LastRow(item_, group_));
+  FenceProxyAsync();
+  __syncthreads();
+  if (thread == 0) {
+    BulkStore(p.tiles + (int64_t{unit.tile} + tile) * (2 * kTileBytes), tiles, 2 * kTileBytes);
+    WaitForBulkStores();
   }
+}
 
-  const PrefillParams& p_;
-  const int group_;
-  int index_, tile_, tiles_;
-  PrefillItem item_;
-};
-
-// A warpgroup that fills the tiles of keys, or those of values, of all items of this thread block. What they
-// are made of is brought into shared memory as it lies in global memory, three tiles ahead; warps take turns,
-// because bringing a block costs one warp as much as expanding half a tile.
-template <int kDim, Side kSide>
-class Producer {
- public:
-  __device__ __forceinline__ Producer(const PrefillParams& p, uint32_t shared, int group)
-      : p_(p), base_(shared), group_(group), ahead_(p, group) {
-    // Kept in a register: read again wherever it is needed, it costs some twenty cycles each time.
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread_));
-    thread_ %= kExpandThreads;
-  }
-
-  __device__ __forceinline__ void Run() {
+// The warp that brings tiles.
+template <int kDim>
+__device__ __forceinline__ void LoadTiles(const PrefillParams& p, uint32_t base, int group) {
+  using L = SharedLayout<kDim>;
+  const int lane = threadIdx.x & 31;
+  Ring<kStages> ring;
+  for (int index = static_cast<int>(blockIdx.x); index < p.item_count; index += static_cast<int>(gridDim.x)) {
+    const PrefillItem item = LoadItem(p.items, index);
+    const uint8_t* from = p.tiles + int64_t{item.tile} * (2 * L::kTileBytes);
+    const int tiles = TilesOf(item, group);
+    int tokens = 0;  // of block `lane` of 32
 #pragma unroll 1
-    for (int i = 0; i < kRawStages - 1; ++i) Bring(i);
-    Ring<kStages> ring;
-    int number = 0;
-#pragma unroll 1
-    for (Walk walk(p_, group_); !walk.done(); walk.Advance(), ++number) {
-      Bring(number + kRawStages - 1);
-      const uint32_t raw_stage = static_cast<uint32_t>(number) % kRawStages;
-      BarrierWait(base_ + kRawFull + raw_stage * 8, static_cast<uint32_t>(number) / kRawStages & 1);
-      BarrierWait(base_ + (kKeys ? L::kKeysFree : L::kValuesFree) + ring.stage * 8, ring.parity ^ 1);
-      // Rows are spread over the threads otherwise than blocks; what another thread wrote to this stage is
-      // over, because the stage is free, but racecheck does not follow one lane that speaks for its warp.
-      if (!walk.is_block()) NamedBarrierSync<kExpandThreads>(kKeys ? kRowsOfKeys : kRowsOfValues);
-      const int tokens = Fill(walk, raw_stage, ring.stage);
-      if (kKeys && thread_ == 0) {
-        StoreShared4(base_ + L::kTokens + ring.stage * 4, static_cast<uint32_t>(tokens));
+    for (int tile = 0; tile < tiles; ++tile, from += 2 * L::kTileBytes) {
+      if (tile % 32 == 0 && tile + lane < item.blocks) tokens = p.table[item.table + tile + lane].tokens;
+      int valid = __shfl_sync(~0u, tokens, tile % 32);
+      if (tile >= item.blocks) valid = kTileTokens64;
+      if (lane == 0) {
+        const auto bring = [&](int to, int full, int free, const uint8_t* side) {
+          BarrierWait(base + free + ring.stage * 8, ring.parity ^ 1);
+          if (full == L::kKeysFull) {
+            StoreShared4(base + L::kTokens + ring.stage * 4, static_cast<uint32_t>(valid));
+          }
+          BarrierExpect(base + full + ring.stage * 8, L::kTileBytes);
+          BulkLoad(base + to + ring.stage * L::kTileBytes, side, L::kTileBytes, base + full + ring.stage * 8);
+        };
+        bring(L::kKeys, L::kKeysFull, L::kKeysFree, from);
+        bring(L::kValues, L::kValuesFull, L::kValuesFree, from + L::kTileBytes);
       }
-      FenceProxyAsync();
-      // What this warp has written counts once the other warps have said so, too.
       __syncwarp();
-      if (thread_ % 32 == 0) {
-        BarrierArrive(base_ + (kKeys ? L::kKeysFull : L::kValuesFull) + ring.stage * 8);
-      }
       ring.Advance();
     }
   }
-
- private:
-  using L = SharedLayout<kDim>;
-  static constexpr bool kKeys = kSide == Side::kK;
-  static constexpr int kRaw = kKeys ? L::kRawKeys : L::kRawValues;
-  static constexpr int kRawFull = kKeys ? L::kRawKeysFull : L::kRawValuesFull;
-  static constexpr int kRawBlocks = kKeys ? L::kRawKeysBlocks : L::kRawValuesBlocks;
-
-  // Brings the block or rows of tile `number`, the next.
-  __device__ __forceinline__ void Bring(int number) {
-    if (ahead_.done()) return;
-    const int stage = static_cast<int>(static_cast<uint32_t>(number) % kRawStages);
-    const int barrier = (kKeys ? kReadKeys : kReadValues) + stage;
-    const bool used = number >= kRawStages;
-    if (ahead_.is_block()) {
-      const int lane = thread_ & 31, of = ahead_.tile() % 32;
-      const PrefillItem& item = ahead_.item();
-      if (of == 0 && ahead_.tile() + lane < item.blocks) {
-        block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + item.table + ahead_.tile() + lane);
-      }
-      if (stage == static_cast<int>(static_cast<uint32_t>(thread_) / 32)) {
-        if (used) NamedBarrierSync<kExpandThreads>(barrier);
-        const uint32_t unit_row = __shfl_sync(~0u, block_.x, of), what = __shfl_sync(~0u, block_.y, of);
-        if (lane == 0) BringBlock(item.kv_head, unit_row, what, stage);
-        __syncwarp();  // else the lanes would go on apart
-      } else if (used) {
-        NamedBarrierArrive<kExpandThreads>(barrier);
-      }
-    } else {
-      if (used) NamedBarrierSync<kExpandThreads>(barrier);
-      BringRow(stage);
-    }
-    ahead_.Advance();
-  }
-  // One copy of a side of a head of a block, `what` of which (tokens, capacity, bits of keys, of values) is
-  // put beside it.
-  __device__ __forceinline__ void BringBlock(int kv_head, uint32_t unit_row, uint32_t what, int stage) {
-    const int capacity = static_cast<int>(what >> 8 & 0xff);
-    const int k = SideSize(p_.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity);
-    const int v = SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
-    const uint8_t* from =
-        p_.layer.arena + static_cast<uint64_t>(unit_row) * static_cast<uint32_t>(p_.num_kv_heads * kUnitBytes) +
-        static_cast<uint32_t>(kv_head * (k + v) + (kKeys ? 0 : k));
-    const auto bytes = static_cast<uint32_t>(kKeys ? k : v);
-    StoreShared4(base_ + kRawBlocks + stage * 4, what);
-    BarrierExpect(base_ + kRawFull + stage * 8, bytes);
-    BulkLoad(base_ + kRaw + stage * L::kRawBytes, from, bytes, base_ + kRawFull + stage * 8);
-  }
-  __device__ __forceinline__ void BringRow(int stage) {
-    constexpr uint32_t kRowBytes = kDim * 2;
-    const PrefillItem& item = ahead_.item();
-    const uint32_t full = base_ + kRawFull + stage * 8;
-    const int rows = min(item.rows - ahead_.first_row(), kTileTokens64);
-    if (thread_ == 0) BarrierExpect(full, static_cast<uint32_t>(rows) * kRowBytes);
-    if (thread_ < rows) {
-      const uint16_t* from = (kKeys ? p_.layer.k : p_.layer.v) +
-                             (item.row_begin + ahead_.first_row() + thread_) * p_.layer.kv_stride +
-                             item.kv_head * kDim;
-      BulkLoad(base_ + kRaw + stage * L::kRawBytes + static_cast<uint32_t>(thread_) * kRowBytes, from,
-               kRowBytes, full);
-    }
-    __syncwarp();
-  }
-
-  // Returns how many tokens of the tile are valid.
-  __device__ __forceinline__ int Fill(const Walk& walk, uint32_t raw_stage, int stage) {
-    // Opaque, lest addresses of all formats be computed once and kept in registers that are not there.
-    int thread = thread_;
-    asm volatile("" : "+r"(thread));
-    const uint32_t raw = base_ + kRaw + raw_stage * L::kRawBytes;
-    const uint32_t tile = base_ + (kKeys ? L::kKeys : L::kValues) + stage * L::kTileBytes;
-    if (!walk.is_block()) {
-      if constexpr (kKeys) {
-        RowsToKeys<kDim>(raw, tile, thread);
-      } else {
-        RowsToValues<kDim>(raw, min(walk.item().rows - walk.first_row(), kTileTokens64), tile, thread);
-      }
-      return kTileTokens64;
-    }
-    const uint32_t what = LoadShared4(base_ + kRawBlocks + raw_stage * 4);
-    const int tiles = static_cast<int>(what >> 12 & 0xf);  // capacity / 16
-    if constexpr (kKeys) {
-      ExpandKeysOf<kDim>(p_.codec, static_cast<int>(what >> 16 & 0xff), raw, tiles, tile, thread);
-    } else {
-      ExpandValuesOf<kDim>(p_.codec, static_cast<int>(what >> 24), raw, tiles, tile, thread);
-    }
-    return static_cast<int>(what & 0xff);
-  }
-
-  const PrefillParams& p_;
-  const uint32_t base_;
-  const int group_;
-  int thread_;  // in the warpgroup
-  Walk ahead_;
-  uint2 block_ = {};  // each lane knows one of the next 32
-};
+}
 
 // One thread's share of a tile of queries: rows g and g + 8 of its warp's 16, columns 8j + 2t and the next.
 template <int kDim>
@@ -240,11 +158,11 @@ class Consumer {
       : p_(p), base_(shared), group_(group), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void Run() {
-    for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
-      const PrefillItem item = LoadItem(p_, index);
-      if (item.rows == 0) return;
+    for (int index = static_cast<int>(blockIdx.x); index < p_.item_count;
+         index += static_cast<int>(gridDim.x)) {
+      const PrefillItem item = LoadItem(p_.items, index);
       Begin(item);
-      const int tiles = item.blocks + TilesOfRows(LastRow(item, group_));
+      const int tiles = TilesOf(item, group_);
       uint32_t even[4][4], odd[4][4];
       BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
       MultiplyKeys();
@@ -313,14 +231,10 @@ class Consumer {
                                        uint32_t (&next)[4][4]) {
     BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
     BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
-#ifndef NO_TURNS
     if (warpgroup_ != 0 || tile != 1) NamedBarrierSync<256>(kTurn + warpgroup_);
-#endif
     MultiplyKeys();
     MultiplyValues(now);
-#ifndef NO_TURNS
     if (warpgroup_ == 0 || !last) NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
-#endif
     const int tokens = Tokens();
     WgmmaWait<1>();
     Pin(scores_);
@@ -503,13 +417,9 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const uint32_t base = SharedAddress(shared);
   const int group = p.num_heads / p.num_kv_heads;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kRawStages; ++i) {
-      BarrierInit(base + L::kRawKeysFull + i * 8, 1);
-      BarrierInit(base + L::kRawValuesFull + i * 8, 1);
-    }
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(base + L::kKeysFull + i * 8, 4);
-      BarrierInit(base + L::kValuesFull + i * 8, 4);
+      BarrierInit(base + L::kKeysFull + i * 8, 1);
+      BarrierInit(base + L::kValuesFull + i * 8, 1);
       BarrierInit(base + L::kKeysFree + i * 8, 8);  // warps of both consumers
       BarrierInit(base + L::kValuesFree + i * 8, 8);
     }
@@ -517,39 +427,41 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     FenceProxyAsync();
   }
   __syncthreads();
-  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-  if (warpgroup < 2) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
-    Consumer<kDim>(p, base, group, warpgroup).Run();
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  if (warp < 8) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    Consumer<kDim>(p, base, group, warp / 4).Run();
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-    if (warpgroup == 2) {
-      Producer<kDim, Side::kK>(p, base, group).Run();
-    } else {
-      Producer<kDim, Side::kV>(p, base, group).Run();
-    }
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (warp == 8) LoadTiles<kDim>(p, base, group);
   }
 }
 
 template <int kDim>
-void Launch(const PrefillParams& params, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = SharedLayout<kDim>::kBytes;
+void Launch(const PrefillParams& params, int units, int most_tiles, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = SharedLayout<kDim>::kBytes, kExpandBytes = 4 * SharedLayout<kDim>::kTileBytes;
   static const bool configured = [] {
     CUDA_OK(cudaFuncSetAttribute(PrefillKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    CUDA_OK(
+        cudaFuncSetAttribute(ExpandTiles<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kExpandBytes));
     return true;
   }();
   static_cast<void>(configured);
+  const dim3 grid(static_cast<unsigned>(most_tiles), static_cast<unsigned>(units));
+  ExpandTiles<kDim><<<grid, 2 * kExpandThreads, kExpandBytes, stream>>>(params);
+  CUDA_OK(cudaGetLastError());
   PrefillKernel<kDim><<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(params);
   CUDA_OK(cudaGetLastError());
 }
 
 }  // namespace
 
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int blocks, cudaStream_t stream) {
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int units, int most_tiles, int blocks,
+                       cudaStream_t stream) {
   if (head_dim == 128) {
-    Launch<128>(params, blocks, stream);
+    Launch<128>(params, units, most_tiles, blocks, stream);
   } else {
-    Launch<64>(params, blocks, stream);
+    Launch<64>(params, units, most_tiles, blocks, stream);
   }
 }
 

@@ -16,11 +16,16 @@ struct PrefillParams {
   int num_kv_heads = 0;
   float scale_log2 = 0;  // layer.scale * log2(e)
   const PrefillBlock* table = nullptr;
-  const PrefillItem* items = nullptr;  // ends with as many empty ones as thread blocks
+  const PrefillItem* units = nullptr;
+  const PrefillItem* items = nullptr;
+  int item_count = 0;
+  uint8_t* tiles = nullptr;  // room for those of all units
 };
 
-// head_dim 64 or 128; `blocks` thread blocks take items in turn.
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int blocks, cudaStream_t stream);
+// One pass of a plan, head_dim 64 or 128: expands `units` units of at most `most_tiles` tiles; then `blocks`
+// thread blocks take items in turn.
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int units, int most_tiles, int blocks,
+                       cudaStream_t stream);
 
 }  // namespace triaxial::cuda
 

@@ -197,13 +197,15 @@ __device__ __noinline__ void ExpandPaper(uint32_t shared, int bits, Side side, u
   }
 }
 
-// 64 rows of the step, BF16, one after the other in shared memory.
+// Up to 64 rows of the step, BF16, one after the other in shared memory. Those past `count` were not brought
+// and are zero.
 template <int kDim>
-__device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys, int thread) {
+__device__ __forceinline__ void RowsToKeys(uint32_t rows, int count, uint32_t keys, int thread) {
 #pragma unroll 4
   for (int item = thread; item < 64 * kDim / 8; item += kExpandThreads) {
     const int channel = item % (kDim / 8) * 8, token = item / (kDim / 8);
-    const uint4 w = LoadShared16(rows + (token * kDim + channel) * 2);
+    uint4 w = {};
+    if (token < count) w = LoadShared16(rows + (token * kDim + channel) * 2);
     const int row = PositionOf(token);
     const uint32_t pairs[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -213,7 +215,6 @@ __device__ __forceinline__ void RowsToKeys(uint32_t rows, uint32_t keys, int thr
     }
   }
 }
-// Rows past `count` were not brought and are zero.
 template <int kDim>
 __device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t values, int thread) {
 #pragma unroll 2
