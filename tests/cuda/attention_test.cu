@@ -145,6 +145,17 @@ CASE(PrefillSizes) {
   Check("2 rows after 131000", Geometry(128, 2), 16, {RandomSequence(131000, kEven, random, 2)});
 }
 
+// More than memory for tiles has room for: 128 MiB, or 4,096 tiles of 128 channels.
+CASE(PrefillPasses) {
+  std::mt19937 random(NextSeed());
+  Check("three sequences, 8 KV heads", Geometry(128, 8), 64,
+        {RandomSequence(20000, kEven, random, 77), RandomSequence(37000, kEven, random, 130),
+         RandomSequence(100, kEven, random, 2)});
+  std::vector<double> k2v2(std::size(kAllFormats), 0.0);
+  k2v2[0] = 1;
+  Check("a head larger than all of it", Geometry(128, 1), 8, {RandomSequence(300000, k2v2, random, 20)});
+}
+
 CASE(PrefillBesideDecode) {
   std::mt19937 random(NextSeed());
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {

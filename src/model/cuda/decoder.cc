@@ -118,7 +118,8 @@ void Decoder::Forward(const Batch& batch, const CudaKvMemory& memory, std::span<
   CHECK(draws.empty() || draws.size() == batch.logits_rows.size());
   for (const int32_t token : batch.tokens) CHECK(token >= 0 && token < config_.vocab_size);
   for (const int32_t row : batch.logits_rows) CHECK(row >= 0 && row < batch.rows());
-  const bool decode = IsDecode(batch);
+  // What kPaper does depends on the plan, so that no graph can hold it.
+  const bool decode = geometry_.codec == Codec::kRotated && IsDecode(batch);
   if (decode) {
     Decode(batch, memory, draws, logits);
   } else {

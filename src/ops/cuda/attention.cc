@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <numbers>
 #include <vector>
 
@@ -52,8 +51,8 @@ class Upload {
   int turn_ = 0;
 };
 
-// A block table and a list of items for one kernel; the list ends with as many empty items as thread blocks
-// take items.
+// A block table and a list of items for one kernel; the list ends with as many empty items as `thread_blocks`
+// that take items until they find one.
 template <typename Block, typename Item>
 class WorkList {
  public:
@@ -85,10 +84,10 @@ class WorkList {
   Upload upload_;
 };
 using DecodeList = WorkList<KvBlockRef, DecodeItem>;
-// Units, then items, of all passes.
-using PrefillList = WorkList<PrefillBlock, PrefillItem>;
+using PrefillList = WorkList<PrefillBlock, PrefillItem>;  // units, then items
 
-// Expanded tiles take so much memory, or more for one head of one very long sequence.
+// Memory of expanded tiles: a KV head of 128 channels takes 64 MiB for 131,072 tokens. A longer one gets
+// more.
 constexpr int64_t kTileMemory = int64_t{128} << 20;
 
 }  // namespace
@@ -97,8 +96,10 @@ struct Attention::State {
   State(const KvGeometry& g, int heads, const AttentionLimits& limits)
       : geometry(g), num_heads(heads), multiprocessors(CurrentDevice().multiprocessors) {
     machine = {.blocks = multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
-    prefill_list = std::make_unique<PrefillList>(
-        limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.rows), 0);
+    prefill_list = std::make_unique<PrefillList>(limits.blocks,
+                                                 MaxPrefillItems(g, heads, limits.sequences, limits.rows), 0);
+    const int64_t tiles = limits.blocks + limits.sequences + limits.rows / kBlockTokens;
+    tile_memory.Reserve(static_cast<size_t>(std::min(kTileMemory, tiles * g.num_kv_heads * tile_bytes())));
     if (g.codec == Codec::kRotated) {
       const int items = MaxItems(g, heads, machine, limits.sequences);
       decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
@@ -107,56 +108,23 @@ struct Attention::State {
       partial_sums.Reserve(slots * kItemHeads * sizeof(float2));
       const size_t counter_bytes = (slots + 1) * sizeof(int);
       CUDA_OK(cudaMemset(counters.Reserve(counter_bytes), 0, counter_bytes));
-    } else {
-      one_row_list = std::make_unique<PrefillList>(
-          limits.blocks, MaxPrefillItems(g, heads, limits.sequences, limits.sequences), 0);
     }
     CUDA_OK(cudaDeviceSynchronize());
   }
 
-  int64_t tile_bytes() const { return int64_t{2} * kBlockTokens * geometry.head_dim * 2; }
-
-  void PlanRows(std::span<const AttentionSequence> sequences, int least, int most, PrefillPlan* plan,
-                PrefillList* list, cudaStream_t stream) {
-    PlanPrefill(geometry, num_heads, least, most, static_cast<int>(kTileMemory / tile_bytes()), sequences,
-                plan);
-    if (plan->passes.empty()) return;
-    tiles.Reserve(static_cast<size_t>(std::max(plan->most_tiles * tile_bytes(), int64_t{1})));
-    unit_and_items.assign(plan->units.begin(), plan->units.end());
-    unit_and_items.insert(unit_and_items.end(), plan->items.begin(), plan->items.end());
-    list->Send(plan->table, unit_and_items, stream);
-  }
-
-  void Prefill(const PrefillPlan& plan, const PrefillList& list, const LayerAttention& layer,
-               cudaStream_t stream) const {
-    for (const PrefillPass& pass : plan.passes) {
-      LaunchPrefillSm90({.layer = layer,
-                         .codec = geometry.codec,
-                         .num_heads = num_heads,
-                         .num_kv_heads = geometry.num_kv_heads,
-                         .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
-                         .table = list.table(),
-                         .units = list.items() + pass.first_unit,
-                         .items = list.items() + plan.units.size() + pass.first_item,
-                         .item_count = pass.items,
-                         .tiles = tiles.data()},
-                        geometry.head_dim, pass.units, pass.most_tiles,
-                        std::min(multiprocessors, pass.items), stream);
-    }
-  }
+  int64_t tile_bytes() const { return PrefillTileBytes(geometry.head_dim); }
 
   const KvGeometry geometry;
   const int num_heads;
   const int multiprocessors;
   DecodeMachine machine;
-  // kRotated: decode_list. kPaper, which is there to compare with: sequences with one row go through the
-  // prefill kernel.
+  // Without decode_list (kPaper, which is there to compare with), sequences with one row go through prefill.
   std::unique_ptr<DecodeList> decode_list;
-  std::unique_ptr<PrefillList> one_row_list, prefill_list;
+  std::unique_ptr<PrefillList> prefill_list;
   DecodePlan decode;
-  PrefillPlan one_row, prefill;
-  std::vector<PrefillItem> unit_and_items;
-  DeviceBuffer tiles, partial_out, partial_sums, counters;
+  PrefillPlan prefill;
+  std::vector<PrefillItem> units_and_items;
+  DeviceBuffer tile_memory, partial_out, partial_sums, counters;
 };
 
 Attention::Attention(const KvGeometry& geometry, int num_heads, const AttentionLimits& limits) {
@@ -172,18 +140,23 @@ void Attention::Plan(std::span<const AttentionSequence> sequences, cudaStream_t 
   if (s.decode_list) {
     PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.decode);
     s.decode_list->Send(s.decode.table, s.decode.items, stream);
-  } else {
-    s.PlanRows(sequences, 1, 1, &s.one_row, s.one_row_list.get(), stream);
   }
-  s.PlanRows(sequences, 2, std::numeric_limits<int>::max(), &s.prefill, s.prefill_list.get(), stream);
+  PlanPrefill(s.geometry, s.num_heads,
+              {.blocks = s.multiprocessors, .tiles = static_cast<int>(kTileMemory / s.tile_bytes())},
+              s.decode_list ? 2 : 1, sequences, &s.prefill);
+  if (!has_prefill()) return;
+  s.tile_memory.Reserve(static_cast<size_t>(s.prefill.most_tiles * s.tile_bytes()));
+  s.units_and_items = s.prefill.units;
+  s.units_and_items.insert(s.units_and_items.end(), s.prefill.items.begin(), s.prefill.items.end());
+  s.prefill_list->Send(s.prefill.table, s.units_and_items, stream);
 }
 
-bool Attention::has_decode() const { return !state_->decode.items.empty() || !state_->one_row.items.empty(); }
+bool Attention::has_decode() const { return !state_->decode.items.empty(); }
 bool Attention::has_prefill() const { return !state_->prefill.items.empty(); }
 
 void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
   const State& s = *state_;
-  if (s.one_row_list) return s.Prefill(s.one_row, *s.one_row_list, layer, stream);
+  if (!s.decode_list) return;
   LaunchDecodeSm90({.layer = layer,
                     .num_heads = s.num_heads,
                     .num_kv_heads = s.geometry.num_kv_heads,
@@ -197,7 +170,22 @@ void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
 }
 
 void Attention::RunPrefill(const LayerAttention& layer, cudaStream_t stream) {
-  if (has_prefill()) state_->Prefill(state_->prefill, *state_->prefill_list, layer, stream);
+  const State& s = *state_;
+  const PrefillItem* units = s.prefill_list->items();
+  for (const PrefillPass& pass : s.prefill.passes) {
+    LaunchPrefillSm90({.layer = layer,
+                       .codec = s.geometry.codec,
+                       .num_heads = s.num_heads,
+                       .num_kv_heads = s.geometry.num_kv_heads,
+                       .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
+                       .table = s.prefill_list->table(),
+                       .units = units + pass.first_unit,
+                       .unit_count = pass.units,
+                       .items = units + s.prefill.units.size() + pass.first_item,
+                       .item_count = pass.items,
+                       .tiles = s.tile_memory.data()},
+                      s.geometry.head_dim, pass, s.multiprocessors, stream);
+  }
 }
 
 }  // namespace triaxial::cuda

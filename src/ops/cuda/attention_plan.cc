@@ -237,66 +237,72 @@ int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, in
   return geometry.num_kv_heads * (2 * sequences + rows * group / kPrefillTileQueries);
 }
 
-void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most, int room,
+namespace {
+
+void AddUnits(const KvGeometry& geometry, const AttentionSequence& sequence, int room, PrefillPlan* plan) {
+  const auto table = static_cast<int32_t>(plan->table.size());
+  const auto blocks = static_cast<int32_t>(sequence.blocks.size());
+  for (const KvBlockRef& block : sequence.blocks) {
+    plan->table.push_back({.unit_row = block.unit_row,
+                           .tokens = block.tokens,
+                           .capacity = block.capacity,
+                           .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
+                           .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
+  }
+  const int tiles = blocks + (sequence.rows + kBlockTokens - 1) / kBlockTokens;
+  for (int head = 0; head < geometry.num_kv_heads; ++head) {
+    if (plan->passes.empty() || plan->passes.back().tiles + tiles > room) {
+      plan->passes.push_back({.first_unit = static_cast<int>(plan->units.size())});
+    }
+    PrefillPass& pass = plan->passes.back();
+    plan->units.push_back({.row_begin = sequence.row_begin,
+                           .rows = sequence.rows,
+                           .kv_head = head,
+                           .table = table,
+                           .blocks = blocks,
+                           .tile = pass.tiles});
+    ++pass.units;
+    pass.tiles += tiles;
+    plan->most_tiles = std::max(plan->most_tiles, pass.tiles);
+  }
+}
+
+}  // namespace
+
+void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine& machine, int least,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan) {
   plan->table.clear();
   plan->units.clear();
   plan->items.clear();
   plan->passes.clear();
   plan->most_tiles = 0;
-  int tiles = 0;  // of the last pass
   for (const AttentionSequence& sequence : sequences) {
-    if (sequence.rows < least || sequence.rows > most) continue;
-    const auto table = static_cast<int32_t>(plan->table.size());
-    const auto blocks = static_cast<int32_t>(sequence.blocks.size());
-    for (const KvBlockRef& block : sequence.blocks) {
-      plan->table.push_back({.unit_row = block.unit_row,
-                             .tokens = block.tokens,
-                             .capacity = block.capacity,
-                             .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
-                             .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
-    }
-    const int of_unit = blocks + (sequence.rows + kBlockTokens - 1) / kBlockTokens;
-    for (int head = 0; head < geometry.num_kv_heads; ++head) {
-      if (plan->passes.empty() || tiles + of_unit > room) {
-        plan->passes.push_back({.first_unit = static_cast<int>(plan->units.size())});
-        tiles = 0;
-      }
-      plan->units.push_back({.row_begin = sequence.row_begin,
-                             .rows = sequence.rows,
-                             .kv_head = head,
-                             .table = table,
-                             .blocks = blocks,
-                             .tile = tiles});
-      PrefillPass& pass = plan->passes.back();
-      ++pass.units;
-      pass.most_tiles = std::max(pass.most_tiles, of_unit);
-      tiles += of_unit;
-      plan->most_tiles = std::max(plan->most_tiles, tiles);
-    }
+    if (sequence.rows >= least) AddUnits(geometry, sequence, machine.tiles, plan);
   }
 
   const int group = num_heads / geometry.num_kv_heads;
-  struct Tile {
-    int64_t tokens;  // to be attended to
-    PrefillItem item;
+  const auto tokens = [&](const PrefillItem& item) {  // to be attended to
+    const int last_row = std::min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+    return int64_t{item.blocks} * kBlockTokens + last_row + 1;
   };
-  std::vector<Tile> queries;
   for (PrefillPass& pass : plan->passes) {
-    queries.clear();
+    const auto begin = static_cast<std::ptrdiff_t>(plan->items.size());
     for (int u = pass.first_unit; u < pass.first_unit + pass.units; ++u) {
       PrefillItem item = plan->units[static_cast<size_t>(u)];
-      for (; item.first < item.rows * group; item.first += kPrefillTileQueries) {
-        const int last_row = std::min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
-        queries.push_back({int64_t{item.blocks} * kBlockTokens + last_row + 1, item});
-      }
+      for (; item.first < item.rows * group; item.first += kPrefillTileQueries) plan->items.push_back(item);
     }
-    // Heads beside each other.
-    std::stable_sort(queries.begin(), queries.end(),
-                     [](const Tile& a, const Tile& b) { return a.tokens > b.tokens; });
-    pass.first_item = static_cast<int>(plan->items.size());
-    pass.items = static_cast<int>(queries.size());
-    for (const Tile& tile : queries) plan->items.push_back(tile.item);
+    // Heaviest first, heads beside each other; and whoever had the heaviest of a round has the lightest of
+    // the next one.
+    const auto items = std::span(plan->items).subspan(static_cast<size_t>(begin));
+    std::stable_sort(items.begin(), items.end(),
+                     [&](const PrefillItem& a, const PrefillItem& b) { return tokens(a) > tokens(b); });
+    const auto round = static_cast<size_t>(machine.blocks);
+    for (size_t i = round; i < items.size(); i += 2 * round) {
+      const auto part = items.subspan(i, std::min(round, items.size() - i));
+      std::reverse(part.begin(), part.end());
+    }
+    pass.first_item = static_cast<int>(begin);
+    pass.items = static_cast<int>(items.size());
   }
 }
 

@@ -60,42 +60,49 @@ struct PrefillBlock {
 };
 static_assert(sizeof(PrefillBlock) == 8);
 
-// A tile of queries that share a KV head, for one thread block: rows and heads of the group count together,
-// row r and head h as r * group + h. Or, with any `first`, a unit: all that a KV head of a sequence attends
-// to.
+// What a KV head of a sequence attends to (a unit) is brought into the form of tensor cores once, as tiles of
+// 64 tokens in memory: one for each block, then one for each 64 rows of the step.
+constexpr int64_t PrefillTileBytes(int head_dim) { return int64_t{2} * kBlockTokens * head_dim * 2; }
+
+// A unit; or a tile of queries that share one, for one thread block: rows and heads of the group count
+// together, row r and head h as r * group + h.
 inline constexpr int kPrefillTileQueries = 128;
 struct alignas(16) PrefillItem {
   int32_t row_begin = 0;  // of the sequence
   int32_t rows = 0;       // likewise
-  int32_t first = 0;      // (row, head) of the tile
+  int32_t first = 0;      // (row, head) of the tile of queries
   int32_t kv_head = 0;
   int32_t table = 0;  // index of the sequence's first block
   int32_t blocks = 0;
-  int32_t tile = 0;  // where the unit begins in the pass's memory: one for each block, one for each 64 rows
+  int32_t tile = 0;  // the unit's first, among those in memory
   int32_t unused = 0;
 };
 static_assert(sizeof(PrefillItem) == 32);
 
-// Units that are in memory at a time, and the items that read them.
+// Units that are in memory together, and the items that read them.
 struct PrefillPass {
   int first_unit = 0, units = 0;
   int first_item = 0, items = 0;
-  int most_tiles = 0;  // of a unit
+  int tiles = 0;
 };
 
 struct PrefillPlan {
   std::vector<PrefillBlock> table;
   std::vector<PrefillItem> units;
-  std::vector<PrefillItem> items;  // of each pass, heaviest first
+  std::vector<PrefillItem> items;
   std::vector<PrefillPass> passes;
   int most_tiles = 0;  // of a pass
 };
 
-// The sequences with as many rows as `least` to `most`. A pass has more than `room` tiles only if it has but
-// one unit.
-void PlanPrefill(const KvGeometry& geometry, int num_heads, int least, int most, int room,
+struct PrefillMachine {
+  int blocks = 0;  // thread blocks that run at a time, which take items in turn
+  int tiles = 0;   // that memory has room for; only a pass with a single unit has more
+};
+
+// The sequences with `least` rows or more.
+void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine& machine, int least,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan);
-// Units and items of any plan with so many sequences and rows.
+// Units and items together, of any plan with so many sequences and rows.
 int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows);
 
 }  // namespace triaxial::cuda

@@ -6,6 +6,8 @@
 // (rows and heads of a group) of a KV head. One warp brings tiles into shared memory by bulk copies. Two
 // warpgroups, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers; the scores of
 // a tile are computed while the values of the one before are multiplied.
+#include <algorithm>
+
 #include "ops/cuda/device.h"
 #include "ops/cuda/prefill_attention_sm90.h"
 #include "ops/cuda/prefill_tiles.cuh"
@@ -45,7 +47,8 @@ struct Ring {
 __device__ __forceinline__ PrefillItem LoadItem(const PrefillItem* items, int index) {
   const auto* words = reinterpret_cast<const int4*>(items + index);
   const int4 a = words[0], b = words[1];
-  return {.row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y, .tile = b.z};
+  return {
+      .row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y, .tile = b.z};
 }
 // Tiles that the queries of an item see: its blocks, then those with rows of the step up to its last one.
 __device__ __forceinline__ int TilesOf(const PrefillItem& item, int group) {
@@ -53,8 +56,18 @@ __device__ __forceinline__ int TilesOf(const PrefillItem& item, int group) {
   return item.blocks + last_row / kTileTokens64 + 1;
 }
 
-// One thread block for each tile of a unit: a block of the cache or 64 rows of the step. One warpgroup expands
-// the keys, one the values.
+// The unit that a tile of a pass belongs to.
+__device__ __forceinline__ PrefillItem UnitOf(const PrefillParams& p, int tile) {
+  int low = 0;
+  for (int high = p.unit_count; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (p.units[middle].tile <= tile ? low : high) = middle;
+  }
+  return LoadItem(p.units, low);
+}
+
+// One thread block for each tile: a block of the cache or 64 rows of the step. One warpgroup expands the
+// keys, one the values.
 template <int kDim>
 __global__ void __launch_bounds__(2 * kExpandThreads) ExpandTiles(const __grid_constant__ PrefillParams p) {
   constexpr int kTileBytes = SharedLayout<kDim>::kTileBytes;
@@ -62,10 +75,9 @@ __global__ void __launch_bounds__(2 * kExpandThreads) ExpandTiles(const __grid_c
   __shared__ __align__(8) uint64_t barrier_storage;
   const uint32_t tiles = SharedAddress(shared), raw = tiles + 2 * kTileBytes;
   const uint32_t barrier = SharedAddress(&barrier_storage);
-  const PrefillItem unit = LoadItem(p.units, static_cast<int>(blockIdx.y));
-  const int tile = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+  const PrefillItem unit = UnitOf(p, static_cast<int>(blockIdx.x));
+  const int tile = static_cast<int>(blockIdx.x) - unit.tile, thread = static_cast<int>(threadIdx.x);
   const int first_row = (tile - unit.blocks) * kTileTokens64;
-  if (first_row >= unit.rows) return;
   if (thread == 0) {
     BarrierInit(barrier, 1);
     FenceBarrierInit();
@@ -111,7 +123,7 @@ __global__ void __launch_bounds__(2 * kExpandThreads) ExpandTiles(const __grid_c
   FenceProxyAsync();
   __syncthreads();
   if (thread == 0) {
-    BulkStore(p.tiles + (int64_t{unit.tile} + tile) * (2 * kTileBytes), tiles, 2 * kTileBytes);
+    BulkStore(p.tiles + int64_t{blockIdx.x} * (2 * kTileBytes), tiles, 2 * kTileBytes);
     WaitForBulkStores();
   }
 }
@@ -363,9 +375,10 @@ class Consumer {
       if (p_.codec == Codec::kRotated) factor *= kDim == 128 ? 0x1.6a09e6p-4f : 0.125f;
       const int query = Query(item, h);
       if (query != first_ + 8 * h) continue;
-      uint16_t* out = p_.layer.out +
-                      (int64_t{item.row_begin + row_[h]} * p_.num_heads + item.kv_head * group_ +
-                       query % group_) * kDim + 2 * t;
+      uint16_t* out =
+          p_.layer.out +
+          (int64_t{item.row_begin + row_[h]} * p_.num_heads + item.kv_head * group_ + query % group_) * kDim +
+          2 * t;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
         *reinterpret_cast<uint32_t*>(out + j * 8) =
@@ -438,8 +451,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
 }
 
 template <int kDim>
-void Launch(const PrefillParams& params, int units, int most_tiles, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = SharedLayout<kDim>::kBytes, kExpandBytes = 4 * SharedLayout<kDim>::kTileBytes;
+void Launch(const PrefillParams& params, const PrefillPass& pass, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = SharedLayout<kDim>::kBytes, kExpandBytes = 2 * PrefillTileBytes(kDim);
   static const bool configured = [] {
     CUDA_OK(cudaFuncSetAttribute(PrefillKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
     CUDA_OK(
@@ -447,21 +460,21 @@ void Launch(const PrefillParams& params, int units, int most_tiles, int blocks, 
     return true;
   }();
   static_cast<void>(configured);
-  const dim3 grid(static_cast<unsigned>(most_tiles), static_cast<unsigned>(units));
-  ExpandTiles<kDim><<<grid, 2 * kExpandThreads, kExpandBytes, stream>>>(params);
+  ExpandTiles<kDim><<<static_cast<unsigned>(pass.tiles), 2 * kExpandThreads, kExpandBytes, stream>>>(params);
   CUDA_OK(cudaGetLastError());
-  PrefillKernel<kDim><<<static_cast<unsigned>(blocks), kThreads, kBytes, stream>>>(params);
+  PrefillKernel<kDim>
+      <<<static_cast<unsigned>(std::min(blocks, pass.items)), kThreads, kBytes, stream>>>(params);
   CUDA_OK(cudaGetLastError());
 }
 
 }  // namespace
 
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int units, int most_tiles, int blocks,
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, const PrefillPass& pass, int blocks,
                        cudaStream_t stream) {
   if (head_dim == 128) {
-    Launch<128>(params, units, most_tiles, blocks, stream);
+    Launch<128>(params, pass, blocks, stream);
   } else {
-    Launch<64>(params, units, most_tiles, blocks, stream);
+    Launch<64>(params, pass, blocks, stream);
   }
 }
 

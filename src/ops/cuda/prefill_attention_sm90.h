@@ -16,15 +16,17 @@ struct PrefillParams {
   int num_kv_heads = 0;
   float scale_log2 = 0;  // layer.scale * log2(e)
   const PrefillBlock* table = nullptr;
+  // Of one pass.
   const PrefillItem* units = nullptr;
+  int unit_count = 0;
   const PrefillItem* items = nullptr;
   int item_count = 0;
-  uint8_t* tiles = nullptr;  // room for those of all units
+  uint8_t* tiles = nullptr;
 };
 
-// One pass of a plan, head_dim 64 or 128: expands `units` units of at most `most_tiles` tiles; then `blocks`
-// thread blocks take items in turn.
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int units, int most_tiles, int blocks,
+// One pass, head_dim 64 or 128: its units become tiles; then at most `blocks` thread blocks take items in
+// turn.
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, const PrefillPass& pass, int blocks,
                        cudaStream_t stream);
 
 }  // namespace triaxial::cuda

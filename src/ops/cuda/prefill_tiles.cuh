@@ -113,7 +113,8 @@ __device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t
                          Expand<kBits, kFirst>(h ? w.w : w.z, scale[h], minimum[h]),
                          Expand<kBits, kSecond>(h ? v.y : v.x, scale[h], minimum[h]),
                          Expand<kBits, kSecond>(h ? v.w : v.z, scale[h], minimum[h])};
-      StoreShared16(keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 4 * 8 + t * 2 + kStep / 2 % 2), out);
+      StoreShared16(
+          keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 4 * 8 + t * 2 + kStep / 2 % 2), out);
     }
     ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, keys, tile, scale, minimum, lane, w);
   }
