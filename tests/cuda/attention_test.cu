@@ -145,15 +145,16 @@ CASE(PrefillSizes) {
   Check("2 rows after 131000", Geometry(128, 2), 16, {RandomSequence(131000, kEven, random, 2)});
 }
 
-// More than memory for tiles has room for: 128 MiB, or 4,096 tiles of 128 channels.
+// More than memory has room for: 64 MiB (2,048 tiles of 128 channels) where there are items enough, else 512.
 CASE(PrefillPasses) {
   std::mt19937 random(NextSeed());
-  Check("three sequences, 8 KV heads", Geometry(128, 8), 64,
-        {RandomSequence(20000, kEven, random, 77), RandomSequence(37000, kEven, random, 130),
+  Check("1000 rows after 33000, 500 after 20000", Geometry(128, 8), 64,
+        {RandomSequence(33000, kEven, random, 1000), RandomSequence(20000, kEven, random, 500),
          RandomSequence(100, kEven, random, 2)});
   std::vector<double> k2v2(std::size(kAllFormats), 0.0);
   k2v2[0] = 1;
-  Check("a head larger than all of it", Geometry(128, 1), 8, {RandomSequence(300000, k2v2, random, 20)});
+  Check("20 rows after 150000", Geometry(128, 8), 64,
+        {RandomSequence(150000, k2v2, random, 20), RandomSequence(100, kEven, random, 2)});
 }
 
 CASE(PrefillBesideDecode) {

@@ -86,9 +86,9 @@ class WorkList {
 using DecodeList = WorkList<KvBlockRef, DecodeItem>;
 using PrefillList = WorkList<PrefillBlock, PrefillItem>;  // units, then items
 
-// Memory of expanded tiles: a KV head of 128 channels takes 64 MiB for 131,072 tokens. A longer one gets
-// more.
-constexpr int64_t kTileMemory = int64_t{128} << 20;
+// Memory of expanded tiles: at 128 channels, 64 MiB hold 131,072 tokens of one KV head. What few rows behind
+// long prefixes take beyond, in steps of the same size, is allocated when they come.
+constexpr int64_t kTileMemory = int64_t{64} << 20, kMostTileMemory = 8 * kTileMemory;
 
 }  // namespace
 
@@ -98,8 +98,6 @@ struct Attention::State {
     machine = {.blocks = multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
     prefill_list = std::make_unique<PrefillList>(limits.blocks,
                                                  MaxPrefillItems(g, heads, limits.sequences, limits.rows), 0);
-    const int64_t tiles = limits.blocks + limits.sequences + limits.rows / kBlockTokens;
-    tile_memory.Reserve(static_cast<size_t>(std::min(kTileMemory, tiles * g.num_kv_heads * tile_bytes())));
     if (g.codec == Codec::kRotated) {
       const int items = MaxItems(g, heads, machine, limits.sequences);
       decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
@@ -111,8 +109,6 @@ struct Attention::State {
     }
     CUDA_OK(cudaDeviceSynchronize());
   }
-
-  int64_t tile_bytes() const { return PrefillTileBytes(geometry.head_dim); }
 
   const KvGeometry geometry;
   const int num_heads;
@@ -141,11 +137,15 @@ void Attention::Plan(std::span<const AttentionSequence> sequences, cudaStream_t 
     PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.decode);
     s.decode_list->Send(s.decode.table, s.decode.items, stream);
   }
+  const int64_t tile_bytes = PrefillTileBytes(s.geometry.head_dim);
   PlanPrefill(s.geometry, s.num_heads,
-              {.blocks = s.multiprocessors, .tiles = static_cast<int>(kTileMemory / s.tile_bytes())},
+              {.blocks = s.multiprocessors,
+               .tiles = static_cast<int>(kTileMemory / tile_bytes),
+               .most_tiles = static_cast<int>(kMostTileMemory / tile_bytes)},
               s.decode_list ? 2 : 1, sequences, &s.prefill);
   if (!has_prefill()) return;
-  s.tile_memory.Reserve(static_cast<size_t>(s.prefill.most_tiles * s.tile_bytes()));
+  const int64_t steps = (s.prefill.most_tiles * tile_bytes + kTileMemory - 1) / kTileMemory;
+  s.tile_memory.Reserve(static_cast<size_t>(steps * kTileMemory));
   s.units_and_items = s.prefill.units;
   s.units_and_items.insert(s.units_and_items.end(), s.prefill.items.begin(), s.prefill.items.end());
   s.prefill_list->Send(s.prefill.table, s.units_and_items, stream);

@@ -239,7 +239,11 @@ int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, in
 
 namespace {
 
-void AddUnits(const KvGeometry& geometry, const AttentionSequence& sequence, int room, PrefillPlan* plan) {
+// Rounds of items that a pass has at least, if memory allows: the last one may leave most blocks idle.
+constexpr int kRounds = 3;
+
+void AddUnits(const KvGeometry& geometry, int group, const PrefillMachine& machine,
+              const AttentionSequence& sequence, PrefillPlan* plan) {
   const auto table = static_cast<int32_t>(plan->table.size());
   const auto blocks = static_cast<int32_t>(sequence.blocks.size());
   for (const KvBlockRef& block : sequence.blocks) {
@@ -250,11 +254,15 @@ void AddUnits(const KvGeometry& geometry, const AttentionSequence& sequence, int
                            .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
   }
   const int tiles = blocks + (sequence.rows + kBlockTokens - 1) / kBlockTokens;
+  const int items = (sequence.rows * group + kPrefillTileQueries - 1) / kPrefillTileQueries;
   for (int head = 0; head < geometry.num_kv_heads; ++head) {
+    const bool busy = !plan->passes.empty() && plan->passes.back().items >= kRounds * machine.blocks;
+    const int room = busy ? machine.tiles : machine.most_tiles;
     if (plan->passes.empty() || plan->passes.back().tiles + tiles > room) {
       plan->passes.push_back({.first_unit = static_cast<int>(plan->units.size())});
     }
     PrefillPass& pass = plan->passes.back();
+    pass.items += items;
     plan->units.push_back({.row_begin = sequence.row_begin,
                            .rows = sequence.rows,
                            .kv_head = head,
@@ -276,24 +284,24 @@ void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine
   plan->items.clear();
   plan->passes.clear();
   plan->most_tiles = 0;
+  const int group = num_heads / geometry.num_kv_heads;
   for (const AttentionSequence& sequence : sequences) {
-    if (sequence.rows >= least) AddUnits(geometry, sequence, machine.tiles, plan);
+    if (sequence.rows >= least) AddUnits(geometry, group, machine, sequence, plan);
   }
 
-  const int group = num_heads / geometry.num_kv_heads;
   const auto tokens = [&](const PrefillItem& item) {  // to be attended to
     const int last_row = std::min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
     return int64_t{item.blocks} * kBlockTokens + last_row + 1;
   };
   for (PrefillPass& pass : plan->passes) {
-    const auto begin = static_cast<std::ptrdiff_t>(plan->items.size());
+    const size_t begin = plan->items.size();
     for (int u = pass.first_unit; u < pass.first_unit + pass.units; ++u) {
       PrefillItem item = plan->units[static_cast<size_t>(u)];
       for (; item.first < item.rows * group; item.first += kPrefillTileQueries) plan->items.push_back(item);
     }
     // Heaviest first, heads beside each other; and whoever had the heaviest of a round has the lightest of
     // the next one.
-    const auto items = std::span(plan->items).subspan(static_cast<size_t>(begin));
+    const auto items = std::span(plan->items).subspan(begin);
     std::stable_sort(items.begin(), items.end(),
                      [&](const PrefillItem& a, const PrefillItem& b) { return tokens(a) > tokens(b); });
     const auto round = static_cast<size_t>(machine.blocks);
@@ -302,7 +310,6 @@ void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine
       std::reverse(part.begin(), part.end());
     }
     pass.first_item = static_cast<int>(begin);
-    pass.items = static_cast<int>(items.size());
   }
 }
 

@@ -96,7 +96,10 @@ struct PrefillPlan {
 
 struct PrefillMachine {
   int blocks = 0;  // thread blocks that run at a time, which take items in turn
-  int tiles = 0;   // that memory has room for; only a pass with a single unit has more
+  // A pass has up to `tiles`, and more, up to `most_tiles`, as long as it has too few items to keep those
+  // blocks busy; a single unit may have any number.
+  int tiles = 0;
+  int most_tiles = 0;
 };
 
 // The sequences with `least` rows or more.
