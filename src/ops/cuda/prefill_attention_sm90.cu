@@ -145,16 +145,14 @@ __device__ __forceinline__ void LoadTiles(const PrefillParams& p, uint32_t base,
       int valid = __shfl_sync(~0u, tokens, tile % 32);
       if (tile >= item.blocks) valid = kTileTokens64;
       if (lane == 0) {
-        const auto bring = [&](int to, int full, int free, const uint8_t* side) {
-          BarrierWait(base + free + ring.stage * 8, ring.parity ^ 1);
-          if (full == L::kKeysFull) {
-            StoreShared4(base + L::kTokens + ring.stage * 4, static_cast<uint32_t>(valid));
-          }
-          BarrierExpect(base + full + ring.stage * 8, L::kTileBytes);
-          BulkLoad(base + to + ring.stage * L::kTileBytes, side, L::kTileBytes, base + full + ring.stage * 8);
-        };
-        bring(L::kKeys, L::kKeysFull, L::kKeysFree, from);
-        bring(L::kValues, L::kValuesFull, L::kValuesFree, from + L::kTileBytes);
+        const uint32_t bars = base + ring.stage * 8, to = base + ring.stage * L::kTileBytes;
+        BarrierWait(bars + L::kKeysFree, ring.parity ^ 1);
+        StoreShared4(base + L::kTokens + ring.stage * 4, static_cast<uint32_t>(valid));
+        BarrierExpect(bars + L::kKeysFull, L::kTileBytes);
+        BulkLoad(to + L::kKeys, from, L::kTileBytes, bars + L::kKeysFull);
+        BarrierWait(bars + L::kValuesFree, ring.parity ^ 1);
+        BarrierExpect(bars + L::kValuesFull, L::kTileBytes);
+        BulkLoad(to + L::kValues, from + L::kTileBytes, L::kTileBytes, bars + L::kValuesFull);
       }
       __syncwarp();
       ring.Advance();
@@ -170,6 +168,7 @@ class Consumer {
       : p_(p), base_(shared), group_(group), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void Run() {
+    if (warpgroup_ == 1) NamedBarrierArrive<256>(kTurn);  // the first turn is the other's
     for (int index = static_cast<int>(blockIdx.x); index < p_.item_count;
          index += static_cast<int>(gridDim.x)) {
       const PrefillItem item = LoadItem(p_.items, index);
@@ -189,16 +188,17 @@ class Consumer {
           MultiplyLast(even);
           break;
         }
-        Step(item, tile, tile + 1 == tiles, even, odd);
+        Step(item, tile, even, odd);
         if (++tile == tiles) {
           MultiplyLast(odd);
           break;
         }
-        Step(item, tile, tile + 1 == tiles, odd, even);
+        Step(item, tile, odd, even);
         ++tile;
       }
       Finish(item);
     }
+    if (warpgroup_ == 0) NamedBarrierSync<256>(kTurn);  // for the arrival that is left
   }
 
  private:
@@ -239,14 +239,14 @@ class Consumer {
   // The scores of a tile and, meanwhile, the values of the one before times `now`; weights of the tile to
   // `next`. The warpgroups take turns in giving tensor cores work, so that one's exponentials are computed
   // while the other's products are.
-  __device__ __forceinline__ void Step(const PrefillItem& item, int tile, bool last, uint32_t (&now)[4][4],
+  __device__ __forceinline__ void Step(const PrefillItem& item, int tile, uint32_t (&now)[4][4],
                                        uint32_t (&next)[4][4]) {
     BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
     BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
-    if (warpgroup_ != 0 || tile != 1) NamedBarrierSync<256>(kTurn + warpgroup_);
+    NamedBarrierSync<256>(kTurn + warpgroup_);
     MultiplyKeys();
     MultiplyValues(now);
-    if (warpgroup_ == 0 || !last) NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
+    NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
     const int tokens = Tokens();
     WgmmaWait<1>();
     Pin(scores_);
