@@ -41,8 +41,7 @@ __device__ __forceinline__ uint32_t CodesToF16(uint32_t word) {
   constexpr uint32_t kMask = ((1u << kBits) - 1) << (kBits * kInByte) | ((1u << kBits) - 1)
                                                                             << (kBits * kInByte + 16);
   const uint32_t source = I >= 8 / kBits ? word >> 8 : word;
-  uint32_t biased;  // (source & kMask) | 1024: the compiler would make two operations of it
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(biased) : "r"(source), "n"(kMask), "r"(0x64006400u));
+  const uint32_t biased = (source & kMask) | 0x64006400u;
   constexpr float kUnit = 1.0f / (1 << (kBits * kInByte));
   const __half2 unit = __floats2half2_rn(kUnit, kUnit),
                 bias = __floats2half2_rn(-1024 * kUnit, -1024 * kUnit);
