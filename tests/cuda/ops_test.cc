@@ -179,6 +179,7 @@ CASE(EmbeddingsAndAngles) {
 }
 
 CASE(Products) {
+  if (SmallSizes()) return;  // racecheck fails in cuBLASLt's kernels, and there are no others here
   LinearRunner runner;
   Stream stream;
   for (const int64_t rows : {1, 5, 64, 300}) {
