@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build demo serve fidelity test test-unit test-gpu bench-gpu format format-check tidy clean setup-build setup-test setup-tidy configure-release
+.PHONY: help build demo serve fidelity test test-unit test-gpu sanitize-gpu bench-gpu format format-check tidy clean setup-build setup-test setup-tidy configure-release
 
 BINARY := build/release/triaxial
 DEMO := tools/demo.sh
@@ -21,6 +21,7 @@ help:
 	@echo "make test       everything that CI runs: format check, all tests, parsers and cache under sanitizers"
 	@echo "make test-unit  the unit tests, in under a minute once built"
 	@echo "make test-gpu   tests of the CUDA kernels; needs a GPU, the CUDA toolkit, CMake and a C++ compiler alone"
+	@echo "make sanitize-gpu  the same under compute-sanitizer: memory errors, then races; some minutes"
 	@echo "make bench-gpu  their benchmark on this GPU, beside its own libraries; JSON in build/gpu/results"
 	@echo "make format     reformat all sources in place"
 	@echo "make tidy       clang-tidy on the files changed since BASE=$(BASE); ALL=1 for every file"
@@ -58,6 +59,16 @@ test-gpu:
 	  cmake --build --preset cuda --target model_golden_test engine_golden_test && \
 	  TRIAXIAL_REQUIRE_GPU=1 ctest --test-dir build/cuda --output-on-failure -R '^(model|engine)_golden_test$$'; \
 	else echo "the project's libraries are not installed here: no golden tests of the model (docs/cuda.md)"; fi
+
+# Memory errors on everything; races on smaller sizes of the same kinds, of our own kernels.
+sanitize-gpu:
+	cmake --preset gpu
+	cmake --build --preset gpu -j --target gpu_tests
+	export PATH="$$PATH:/usr/local/cuda/bin"; for test in attention kv_store ops; do \
+	  compute-sanitizer --tool memcheck --error-exitcode 1 build/gpu/bin/cuda_$${test}_test; \
+	  TRIAXIAL_GPU_SMALL=1 compute-sanitizer --tool racecheck --kernel-name kernel_substring=triaxial --error-exitcode 1 \
+	    build/gpu/bin/cuda_$${test}_test; \
+	done
 
 bench-gpu:
 	cmake --preset gpu

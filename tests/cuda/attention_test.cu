@@ -49,7 +49,7 @@ CASE(DecodeEachFormat) {
     for (size_t f = 0; f < std::size(kAllFormats); ++f) {
       std::vector<double> weights(std::size(kAllFormats), 0.0);
       weights[f] = 1;
-      for (const int tokens : {64, 1024, 5000}) {
+      for (const int tokens : Sizes({64, 1024, 5000}, {64, 300})) {
         const std::string what = std::string(Name(kAllFormats[f])) + ", head_dim " + std::to_string(dim) +
                                  ", " + std::to_string(tokens) + " tokens";
         Check(what.c_str(), Geometry(dim, 8), 64, {RandomSequence(tokens, weights, random)});
@@ -70,10 +70,11 @@ CASE(DecodeOneToken) {
 
 CASE(DecodeMixedRagged) {
   std::mt19937 random(NextSeed());
-  for (const int sequences : {1, 3, 17, 64, 256}) {
+  for (const int sequences : Sizes({1, 3, 17, 64, 256}, {1, 5})) {
     std::vector<SequenceSpec> specs;
     for (int s = 0; s < sequences; ++s) {
-      const int64_t tokens = static_cast<int64_t>(std::exp(std::uniform_real_distribution(0.0, 9.0)(random)));
+      const int64_t tokens = static_cast<int64_t>(
+          std::exp(std::uniform_real_distribution(0.0, SmallSizes() ? 6.0 : 9.0)(random)));
       specs.push_back(RandomSequence(tokens, kEven, random));
     }
     Check((std::to_string(sequences) + " ragged sequences").c_str(), Geometry(128, 8), 64, specs);
@@ -82,20 +83,21 @@ CASE(DecodeMixedRagged) {
 
 CASE(DecodeLong) {
   std::mt19937 random(NextSeed());
-  Check("131071 tokens", Geometry(128, 8), 64, {RandomSequence(131071, kEven, random)});
-  Check("131071 and 1 tokens", Geometry(128, 4), 16,
-        {RandomSequence(131071, kEven, random), RandomSequence(1, kEven, random)});
+  const int tokens = SmallSizes() ? 4095 : 131071;
+  Check("long", Geometry(128, 8), 64, {RandomSequence(tokens, kEven, random)});
+  Check("long and 1 token", Geometry(128, 4), 16,
+        {RandomSequence(tokens, kEven, random), RandomSequence(1, kEven, random)});
 }
 
 CASE(DecodeGroups) {
   std::mt19937 random(NextSeed());
   for (const int dim : {128, 64}) {
-    for (const int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
-      for (const int kv_heads : {1, 2, 8}) {
+    for (const int group : Sizes({1, 2, 3, 4, 5, 6, 7, 8, 16}, {1, 5, 16})) {
+      for (const int kv_heads : Sizes({1, 2, 8}, {2})) {
         const std::string what = "group " + std::to_string(group) + ", " + std::to_string(kv_heads) +
                                  " KV heads, head_dim " + std::to_string(dim);
         Check(what.c_str(), Geometry(dim, kv_heads), kv_heads * group,
-              {RandomSequence(900, kEven, random), RandomSequence(77, kEven, random)});
+              {RandomSequence(SmallSizes() ? 300 : 900, kEven, random), RandomSequence(77, kEven, random)});
       }
     }
   }
@@ -107,7 +109,8 @@ CASE(DecodeLoudQueries) {
   std::mt19937 random(NextSeed());
   for (const float scale : {0.01f, 4.0f, 16.0f}) {
     Check(("queries times " + std::to_string(scale)).c_str(), Geometry(128, 8), 64,
-          {RandomSequence(3000, kEven, random), RandomSequence(200, kEven, random)}, scale, 3e-2);
+          {RandomSequence(SmallSizes() ? 400 : 3000, kEven, random), RandomSequence(200, kEven, random)},
+          scale, 3e-2);
   }
 }
 
@@ -120,7 +123,8 @@ CASE(PrefillEachFormat) {
         weights[f] = 1;
         const std::string what = std::string(Name(codec)) + " " + std::string(Name(kAllFormats[f])) +
                                  ", head_dim " + std::to_string(dim);
-        Check(what.c_str(), Geometry(dim, 2, codec), 16, {RandomSequence(1000, weights, random, 100)});
+        Check(what.c_str(), Geometry(dim, 2, codec), 16,
+              {RandomSequence(SmallSizes() ? 150 : 1000, weights, random, SmallSizes() ? 20 : 100)});
       }
     }
   }
@@ -135,12 +139,13 @@ CASE(PrefillSmall) {
 CASE(PrefillSizes) {
   std::mt19937 random(NextSeed());
   // Without a prefix, and rows and prefixes about the edges of tiles.
-  for (const int rows : {2, 15, 16, 17, 63, 64, 65, 127, 300}) {
-    for (const int tokens : {0, 1, 63, 64, 65, 700}) {
+  for (const int rows : Sizes({2, 15, 16, 17, 63, 64, 65, 127, 300}, {2, 17, 65})) {
+    for (const int tokens : Sizes({0, 1, 63, 64, 65, 700}, {0, 65, 200})) {
       const std::string what = std::to_string(rows) + " rows after " + std::to_string(tokens);
       Check(what.c_str(), Geometry(128, 2), 16, {RandomSequence(tokens, kEven, random, rows)});
     }
   }
+  if (SmallSizes()) return;
   Check("2000 rows after 30000", Geometry(128, 8), 64, {RandomSequence(30000, kEven, random, 2000)});
   Check("2 rows after 131000", Geometry(128, 2), 16, {RandomSequence(131000, kEven, random, 2)});
 }
@@ -160,11 +165,11 @@ CASE(PrefillPasses) {
 CASE(PrefillBesideDecode) {
   std::mt19937 random(NextSeed());
   for (const Codec codec : {Codec::kRotated, Codec::kPaper}) {
-    for (const int group : {1, 2, 3, 4, 5, 6, 7, 8, 16}) {
+    for (const int group : Sizes({1, 2, 3, 4, 5, 6, 7, 8, 16}, {1, 8})) {
       std::vector<SequenceSpec> specs;
-      for (const int rows : {1, 40, 1, 1, 333, 2, 1}) {
-        const int64_t tokens =
-            static_cast<int64_t>(std::exp(std::uniform_real_distribution(0.0, 8.0)(random)));
+      for (const int rows : Sizes({1, 40, 1, 1, 333, 2, 1}, {1, 40, 1, 2})) {
+        const int64_t tokens = static_cast<int64_t>(
+            std::exp(std::uniform_real_distribution(0.0, SmallSizes() ? 5.5 : 8.0)(random)));
         specs.push_back(RandomSequence(tokens, kEven, random, rows));
       }
       const std::string what = std::string(Name(codec)) + ", group " + std::to_string(group);
@@ -179,7 +184,7 @@ CASE(DecodePaper) {
     std::vector<double> weights(std::size(kAllFormats), 0.0);
     weights[f] = 1;
     Check(("paper " + std::string(Name(kAllFormats[f]))).c_str(), Geometry(128, 8, Codec::kPaper), 64,
-          {RandomSequence(3000, weights, random), RandomSequence(1, weights, random)});
+          {RandomSequence(SmallSizes() ? 300 : 3000, weights, random), RandomSequence(1, weights, random)});
   }
 }
 
@@ -188,7 +193,8 @@ CASE(DecodeInGraph) {
   std::mt19937 random(NextSeed());
   const KvGeometry geometry = Geometry(128, 8);
   std::vector<SequenceSpec> specs;
-  for (int s = 0; s < 6; ++s) specs.push_back(RandomSequence(1 + random() % 3000, kEven, random));
+  for (int s = 0; s < 6; ++s)
+    specs.push_back(RandomSequence(1 + random() % (SmallSizes() ? 300 : 3000), kEven, random));
   RandomStep step(geometry, 64, specs, NextSeed());
   Attention attention(geometry, 64, step.limits());
   cudaStream_t stream;

@@ -1,14 +1,17 @@
 // The few words that tests on a GPU need, so that they run where there is no test library: CASE defines a
 // test, EXPECT reports and goes on. A program runs the cases whose name contains its argument, all without
-// one.
+// one. With TRIAXIAL_GPU_SMALL in the environment, cases take fewer and smaller sizes of the same kinds:
+// under racecheck a kernel takes hundreds of times as long.
 #ifndef TRIAXIAL_TESTS_CUDA_GPU_TEST_H_
 #define TRIAXIAL_TESTS_CUDA_GPU_TEST_H_
 
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops/cuda/device.h"
@@ -22,6 +25,14 @@ struct GpuCase {
 inline std::vector<GpuCase>& GpuCases() {
   static std::vector<GpuCase> cases;
   return cases;
+}
+inline bool SmallSizes() {
+  static const bool small = std::getenv("TRIAXIAL_GPU_SMALL") != nullptr;
+  return small;
+}
+// What a case goes through.
+inline std::vector<int> Sizes(std::vector<int> all, std::vector<int> few) {
+  return SmallSizes() ? std::move(few) : std::move(all);
 }
 inline int& GpuFailures() {
   static int failures = 0;

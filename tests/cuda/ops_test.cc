@@ -179,6 +179,7 @@ CASE(EmbeddingsAndAngles) {
 }
 
 CASE(Products) {
+  if (SmallSizes()) return;  // racecheck fails in cuBLASLt's kernels, and there are no others here
   LinearRunner runner;
   Stream stream;
   for (const int64_t rows : {1, 5, 64, 300}) {
@@ -283,7 +284,7 @@ CASE(ProductsInFp8) {
     stream.Synchronize();
     const std::vector<uint8_t> w_codes = w8.Get();
     const std::vector<float> w_scale = w_scales.Get();
-    for (const int64_t rows : {1, 2, 8, 13, 32, 64, 300}) {
+    for (const int64_t rows : Sizes({1, 2, 8, 13, 32, 64, 300}, {1, 8, 13, 32})) {
       for (const bool tuned : {false, true}) {
         for (const Epilogue epilogue : {Epilogue::kNone, Epilogue::kAdd}) {
           for (const Element output : {Element::kF32, Element::kBf16}) {
@@ -332,7 +333,7 @@ CASE(ProductsInFp8) {
 
 CASE(VisionAttention) {
   for (const int dim : {64, 72, 80, 128}) {
-    for (const int64_t rows : {1, 16, 63, 130, 700}) {
+    for (const int64_t rows : Sizes({1, 16, 63, 130, 700}, {1, 63, 130})) {
       const int heads = 3;
       const std::vector<uint16_t> qkv = Rounded(Floats(rows * 3 * heads * dim, 1.5f));
       const OnDevice<uint16_t> on_qkv(qkv), out(rows * heads * dim);
@@ -459,7 +460,7 @@ CASE(Sampling) {
   std::vector<TokenDraw> draws;
   std::vector<float> logits;
   std::uniform_real_distribution<double> uniform;
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < (SmallSizes() ? 40 : 400); ++i) {
     TokenDraw draw;
     draw.uniform = i % 7 == 0 ? 0 : i % 7 == 1 ? 1 - 0x1p-53 : uniform(Random());
     draw.temperature = i % 5 == 0 ? 0 : static_cast<float>(0.2 + uniform(Random()));

@@ -37,11 +37,30 @@ struct SharedLayout {
   static_assert(kMergeSums + kWarps * kItemHeads * 8 <= kBarriers);
 };
 
-// 64 bits: address (54), capacity / 16 - 1 of BF16 (2), tokens (8).
+// 64 bits: format (4, of kFormat2 ... kFormat16), address (50, whose last four are zero), capacity / 16 - 1
+// of BF16 (2), tokens (8).
 struct PieceAddress {
   static constexpr int kCapacityBit = 54, kTokensBit = 56;
-  static constexpr uint64_t kAddressMask = (uint64_t{1} << kCapacityBit) - 1;
+  static constexpr uint64_t kFormatMask = 15, kAddressMask = (uint64_t{1} << kCapacityBit) - 1 - kFormatMask;
 };
+enum PieceFormat : uint32_t { kPiece2 = 0, kPiece42, kPiece4, kPiece8, kPiece16 };
+
+// What an item says of its pieces. Read again where it is needed: kept, it would take registers from the
+// products.
+struct ItemPieces {
+  int kv_head, table, end2, end42, end4, end8, end16;
+};
+__device__ __forceinline__ int4 LoadAgain(const int4* p) {
+  int4 v;
+  asm volatile("ld.global.nc.v4.s32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ ItemPieces LoadPieces(const int4* words) {
+  const int4 a = LoadAgain(words), b = LoadAgain(words + 1), c = LoadAgain(words + 2);
+  return {static_cast<int16_t>(a.y), b.x, b.y, b.z, b.w, c.x, c.y};
+}
 
 // Butterflies over a head that lies in the lanes of a warp, kPer channels each (lane * kPer + i): its
 // Walsh-Hadamard transform without the factor.
@@ -275,7 +294,8 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = SharedAddress(shared);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);  // so it is known to be uniform
-  const int lane = threadIdx.x & 31;
+  int lane;  // kept: read again wherever it is needed, it costs some twenty cycles each time
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   const uint32_t stages = base + L::kStageMemory + warp * kStages * L::kStageBytes;
   const uint32_t barriers = base + L::kBarriers + warp * kStages * 16;
   const uint32_t constants = base + L::kConstants + (lane >> 2 == 4 ? 64 : 0) + (lane & 3) * 16;
@@ -297,54 +317,59 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
 #pragma unroll 1
   for (int index = static_cast<int>(blockIdx.x);;) {
     const auto* words = reinterpret_cast<const int4*>(p.items + index);
-    const int4 a = words[0], b = words[1], c = words[2];
+    const int4 a = words[0];
     if (a.z == 0) {
       if (first_item) WaitForPrevious();  // so that this kernel does not end before the previous one
       return;
     }
-    const int end2 = b.y, end42 = b.z, end4 = b.w, end8 = c.x, end16 = c.y;
-    const uint2* table = reinterpret_cast<const uint2*>(p.table) + b.x;
-    const int kv_head = static_cast<int16_t>(a.y);
 
     // Pieces warp, warp + 8, ... are this warp's; ends of the formats among those.
     const auto mine = [&](int end) { return end > warp ? (end - warp + kWarps - 1) / kWarps : 0; };
-    const int my2 = mine(end2), my42 = mine(end42), my4 = mine(end4), my8 = mine(end8), my_end = mine(end16);
 
     // Each lane knows where one of the next 32 pieces lies.
     uint64_t address = 0;
     int address_base = 0;
     const auto load_addresses = [&](int first) {
+      const ItemPieces of = LoadPieces(words);
       const int k = first + lane, piece = warp + kWarps * k;
       address = 0;
-      if (k >= my_end) return;
+      if (piece >= of.end16) return;
       int block = piece, part = 0;
-      if (piece >= end8) {
-        block = end4 + (end8 - end4) / 2 + (piece - end8) / 4, part = (piece - end8) % 4;
-      } else if (piece >= end4) {
-        block = end4 + (piece - end4) / 2, part = (piece - end4) % 2;
+      if (piece >= of.end8) {
+        block = of.end4 + (of.end8 - of.end4) / 2 + (piece - of.end8) / 4, part = (piece - of.end8) % 4;
+      } else if (piece >= of.end4) {
+        block = of.end4 + (piece - of.end4) / 2, part = (piece - of.end4) % 2;
       }
-      const uint2 ref = __ldg(table + block);  // unit_row; tokens, format, capacity
+      const uint2 ref = __ldg(reinterpret_cast<const uint2*>(p.table) + of.table +
+                              block);  // unit_row; tokens, format, capacity
       int tokens = ref.y & 0xff;
       const int capacity = ref.y >> 16 & 0xff;
       int head_bytes = Side2::kBytes * 2, offset = 0;
-      if (k >= my8) {
+      uint32_t format = kPiece2;
+      if (piece >= of.end8) {
+        format = kPiece16;
         head_bytes = capacity * kDim * 4, offset = part * Side16::kBytes;
         tokens = min(max(tokens - part * Side16::kTokens, 0), Side16::kTokens);
-      } else if (k >= my4) {
+      } else if (piece >= of.end4) {
+        format = kPiece8;
         head_bytes = Side8::kBytes * 4, offset = part * Side8::kBytes;
         tokens = min(max(tokens - part * Side8::kTokens, 0), Side8::kTokens);
-      } else if (k >= my42) {
+      } else if (piece >= of.end42) {
+        format = kPiece4;
         head_bytes = Side4::kBytes * 2;
-      } else if (k >= my2) {
+      } else if (piece >= of.end2) {
+        format = kPiece42;
         head_bytes = Side4::kBytes + Side2::kBytes;
       }
       address = reinterpret_cast<uint64_t>(p.layer.arena) +
                 static_cast<uint64_t>(ref.x) * static_cast<uint32_t>(p.num_kv_heads * kUnitBytes) +
-                static_cast<uint32_t>(kv_head * head_bytes + offset);
-      address |= static_cast<uint64_t>((capacity - 1) / 16) << PieceAddress::kCapacityBit |
+                static_cast<uint32_t>(of.kv_head * head_bytes + offset);
+      address |= format | static_cast<uint64_t>((capacity - 1) / 16) << PieceAddress::kCapacityBit |
                  static_cast<uint64_t>(tokens) << PieceAddress::kTokensBit;
     };
     load_addresses(0);
+    const ItemPieces pieces = LoadPieces(words);
+    const int my2 = mine(pieces.end2), my_end = mine(pieces.end16);
 
     // Fills a stage: stage number `number` of the item is a whole piece of k2v2, or one side of another.
     const auto issue = [&](int number, int slot) {
@@ -358,17 +383,18 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       if (lane != 0) return;
       const auto tokens = static_cast<uint32_t>(from >> PieceAddress::kTokensBit);
       const auto capacity = static_cast<uint32_t>(from >> PieceAddress::kCapacityBit & 3) * 16 + 16;
+      const auto format = static_cast<uint32_t>(from & PieceAddress::kFormatMask);
       from &= PieceAddress::kAddressMask;
       uint32_t bytes = Side2::kBytes * 2;
       if (after >= 0) {
         const bool is_v = after & 1;
         uint32_t v_offset = Side4::kBytes;
-        if (k >= my8) {
+        if (format == kPiece16) {
           bytes = Side16::kBytes, v_offset = capacity * (kDim * 2);
-        } else if (k >= my4) {
+        } else if (format == kPiece8) {
           bytes = Side8::kBytes, v_offset = Side8::kBytes * 2;
         } else {
-          bytes = is_v && k < my42 ? Side2::kBytes : Side4::kBytes;
+          bytes = is_v && format == kPiece42 ? Side2::kBytes : Side4::kBytes;
         }
         if (is_v) from += v_offset;
       }
@@ -391,7 +417,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
     // Blocks of the cache are older than the previous kernel; queries and what is written here are not.
     if (first_item) WaitForPrevious();
     first_item = false;
-    Item item = {.row = a.x, .kv_head = kv_head, .first_head = a.y >> 16, .heads = a.z};
+    Item item = {.row = a.x, .kv_head = static_cast<int16_t>(a.y), .first_head = a.y >> 16, .heads = a.z};
     QueriesToShared<kDim>(p, item, base + L::kQueries);
     __syncthreads();
 
@@ -420,10 +446,10 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
         uint32_t scores[K::kScores][2];
         const uint32_t keys = wait();
         const int count = tokens();
-        if (K::kCodes || count > 0) Scores<K>(keys, q, count, p.scale_log2, acc, scores);
+        if (K::kCodes || count > 0) Scores<K>(keys, q, count, p.scale_log2, lane, acc, scores);
         release();
         const uint32_t values = wait();
-        if (K::kCodes || count > 0) Values<V>(values, constants, scores, acc);
+        if (K::kCodes || count > 0) Values<V>(values, constants, lane, scores, acc);
         release();
         if constexpr (V::kCodes) SettleValues<V>(k, acc);
       }
@@ -434,12 +460,14 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       for (; k < my2; ++k) {
         uint32_t scores[Side2::kScores][2];
         const uint32_t piece = wait();
-        Scores<Side2>(piece, q, tokens(), p.scale_log2, acc, scores);
-        Values<Side2>(piece + Side2::kBytes, constants, scores, acc);
+        Scores<Side2>(piece, q, tokens(), p.scale_log2, lane, acc, scores);
+        Values<Side2>(piece + Side2::kBytes, constants, lane, scores, acc);
         release();
         SettleValues<Side2>(k, acc);
       }
     }
+    const ItemPieces of = LoadPieces(words);
+    const int my42 = mine(of.end42), my4 = mine(of.end4), my8 = mine(of.end8);
     if (my4 > k) LoadQueries<Side4>(base + L::kQueries, p.scale_log2, q);
     work.template operator()<Side4, Side2>(my42);
     if (k > 0) FinishValues<Side2>(acc);

@@ -147,8 +147,8 @@ __device__ __forceinline__ void ForEachField(const uint4& w, const uint4& upper,
 // maximum (and rescales what is accumulated) only when P would pass 2^8.
 template <class K>
 __device__ __forceinline__ void Scores(uint32_t piece, const Queries<K::kDim>& q, int count, float scale_log2,
-                                       Accumulator<K::kDim>& acc, uint32_t (&p)[K::kScores][2]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2;
+                                       int lane, Accumulator<K::kDim>& acc, uint32_t (&p)[K::kScores][2]) {
+  const int g = lane >> 2;
   constexpr int kTiles = K::kTiles;
   float s[kTiles][4];
 #pragma unroll
@@ -188,10 +188,8 @@ __device__ __forceinline__ void Scores(uint32_t piece, const Queries<K::kDim>& q
       for (int i = 0; i < 4; ++i) x[i] = fmaf(s[k][i], c[i], x[i]);
     }
   };
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
+  const auto exponentials = [&] {
     const float c0 = kMaxBias - acc.max[0], c1 = kMaxBias - acc.max[1];
-    bool above;
     if constexpr (K::kBits == 16) {
       float x[4];
       logits(0, c0, c1, x);
@@ -203,7 +201,7 @@ __device__ __forceinline__ void Scores(uint32_t piece, const Queries<K::kDim>& q
         const float2 high = UnpackBf16(p[0][i]);
         p[1][i] = PackBf16(x[2 * i] - high.x, x[2 * i + 1] - high.y);
       }
-      above = !(fmaxf(x[0] + x[2], x[1] + x[3]) <= 256.0f);
+      return !(fmaxf(x[0] + x[2], x[1] + x[3]) <= 256.0f);
     } else {
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) {
@@ -221,38 +219,39 @@ __device__ __forceinline__ void Scores(uint32_t piece, const Queries<K::kDim>& q
       uint32_t sum = AddF16(p[0][0], p[0][1]);
 #pragma unroll
       for (int k = 1; k < kTiles; ++k) sum = AddF16(sum, AddF16(p[k][0], p[k][1]));
-      above = (sum & 0xffff) > kMaxSumF16 || (sum >> 16) > kMaxSumF16;
+      return (sum & 0xffff) > kMaxSumF16 || (sum >> 16) > kMaxSumF16;
     }
-    if (!__any_sync(~0u, above)) break;
-    float x0 = -INFINITY, x1 = -INFINITY;
+  };
+  if (!__any_sync(~0u, exponentials())) return;
+  float x0 = -INFINITY, x1 = -INFINITY;
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k) {
-      float x[4];
-      logits(k, 0.0f, 0.0f, x);
-      if (k * 16 + g < count) x0 = fmaxf(x0, x[0]), x1 = fmaxf(x1, x[1]);
-      if (k * 16 + g + 8 < count) x0 = fmaxf(x0, x[2]), x1 = fmaxf(x1, x[3]);
-    }
-#pragma unroll
-    for (int d = 4; d < 32; d *= 2) {
-      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, d));
-      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, d));
-    }
-    x0 = fmaxf(acc.max[0], x0), x1 = fmaxf(acc.max[1], x1);
-    const float f0 = Exp2(acc.max[0] - x0), f1 = Exp2(acc.max[1] - x1);
-    acc.max[0] = x0, acc.max[1] = x1;
-#pragma unroll
-    for (int i = 0; i < K::kSteps; ++i)
-      acc.out[i][0] *= f0, acc.out[i][1] *= f1, acc.out[i][2] *= f0, acc.out[i][3] *= f1;
-    acc.even[0] *= f0, acc.even[1] *= f1, acc.odd[2] *= f0, acc.odd[3] *= f1;
+  for (int k = 0; k < kTiles; ++k) {
+    float x[4];
+    logits(k, 0.0f, 0.0f, x);
+    if (k * 16 + g < count) x0 = fmaxf(x0, x[0]), x1 = fmaxf(x1, x[1]);
+    if (k * 16 + g + 8 < count) x0 = fmaxf(x0, x[2]), x1 = fmaxf(x1, x[3]);
   }
+#pragma unroll
+  for (int d = 4; d < 32; d *= 2) {
+    x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, d));
+    x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, d));
+  }
+  x0 = fmaxf(acc.max[0], x0), x1 = fmaxf(acc.max[1], x1);
+  const float f0 = Exp2(acc.max[0] - x0), f1 = Exp2(acc.max[1] - x1);
+  acc.max[0] = x0, acc.max[1] = x1;
+#pragma unroll
+  for (int i = 0; i < K::kSteps; ++i)
+    acc.out[i][0] *= f0, acc.out[i][1] *= f1, acc.out[i][2] *= f0, acc.out[i][3] *= f1;
+  acc.even[0] *= f0, acc.even[1] *= f1, acc.odd[2] *= f0, acc.odd[3] *= f1;
+  exponentials();
 }
 
 // O^T += V^T P^T of one piece. `constants`: this lane's 16 bytes of a row of A: FP16 ones for row 4, zeros
 // for others.
 template <class V>
-__device__ __forceinline__ void Values(uint32_t piece, uint32_t constants, const uint32_t (&p)[V::kScores][2],
-                                       Accumulator<V::kDim>& acc) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+__device__ __forceinline__ void Values(uint32_t piece, uint32_t constants, int lane,
+                                       const uint32_t (&p)[V::kScores][2], Accumulator<V::kDim>& acc) {
+  const int g = lane >> 2, t = lane & 3;
   const uint32_t scales = piece + V::kCodeBytes + t * 16;
   const uint32_t minima = V::kCodes && g == 0 ? scales + 64 : constants;
   const uint32_t minima_step = V::kCodes && g == 0 ? 128 : 0;
