@@ -152,6 +152,7 @@ CASE(PrefillSizes) {
 
 // More than memory has room for: 64 MiB (2,048 tiles of 128 channels) where there are items enough, else 512.
 CASE(PrefillPasses) {
+  if (SmallSizes()) return;  // a pass is like another
   std::mt19937 random(NextSeed());
   Check("1000 rows after 33000, 500 after 20000", Geometry(128, 8), 64,
         {RandomSequence(33000, kEven, random, 1000), RandomSequence(20000, kEven, random, 500),
