@@ -6,6 +6,8 @@
 1. formats on the checkpoint as it is: those of the README, and levels of 2-bit sides (min-max, clip, clip and gain, Lloyd-Max);
 2. the hard checkpoints with the channels of tools/fidelity.sh, whole cache and with the engine's BF16 tail;
 3. a scan over ways to choose the loud channels: which of them give the README's figures?
+4. `--only prompt`: the same with another procedure, which may be the README's: the prompt is computed exactly, its cache quantized, the
+   recorded answer read through it. Needs no GPU; --scan then takes the first recipes alone.
 
 An implementation of its own (pocket_agent_torch.py); the result goes to docs/fidelity.md. Needs a GPU to be quick.
 """
@@ -246,6 +248,108 @@ class Bench:
                 "right": "".join("01"[int(r)] for r in step)}
 
 
+class PromptExact:
+    """Steps whose prompts are computed without quantization; what is read of them, and the answer itself, comes from the cache."""
+
+    def __init__(self, model, text, steps, bench):
+        self.model, self.steps, self.items, place = model, steps, [], {}
+        runs = cut(steps)
+        for r, run in enumerate(runs):
+            place.update({p: r for p in run.places})
+        kept = {}
+        for step, one in zip(steps, apart(steps, text)):
+            r = place[one.places[0]]
+            if r not in kept:
+                b, kv = model.batch([runs[r]]), []
+                model.forward(b, lambda layer, k, v, b: kv.append((k, v)) or (k, v))
+                kept = {r: (b, kv)}  # steps of a run follow each other
+            whole, kv = kept[r]
+            b, n = agent.Batch(), len(one.tokens)
+            b.run, b.run_kv, b.n, b.begin = r, kv, n, step.prompt - 1
+            b.x, b.cos, b.sin = whole.x[b.begin : n], whole.cos[:, b.begin : n], whole.sin[:, b.begin : n]
+            b.valid, b.four = torch.ones(1, n, dtype=torch.bool), torch.as_tensor(one.four)[None]
+            b.future, b.wanted = whole.future[b.begin : n, :n], torch.tensor(one.wanted)
+            b.whole_four = torch.zeros(1, len(runs[r].tokens), dtype=torch.bool)
+            self.items.append(b)
+        self.conversation = np.array([step.conversation for step in steps])
+        self.reference = [torch.log_softmax(self.answer(b, agent.exact, None), -1) for b in self.items]
+
+    def answer(self, b, store, stored):
+        """Logits. `stored`: what the cache gives back of all keys and values of the run; None: where groups are not of one token."""
+        model, m = self.model, b.n - b.begin
+        x = b.x
+        for i, w in enumerate(model.block):
+            q, k, v = (agent.rms(x, w["norm1"]) @ w["qkv"]).reshape(1, m, -1, 128).split([8, 2, 2], 2)
+            q, k = (agent.turned(agent.rms(t, w[name]), b.cos, b.sin) for t, name in ((q, "qn"), (k, "kn")))
+            prompt_k, prompt_v = ((stored or b.run_kv)[i][side][:, : b.begin] for side in (0, 1))
+            if stored:
+                own = agent.Batch()
+                own.four = b.four[:, b.begin :]
+                k, v = store(i, k, v, own)
+            k, v = torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1)
+            if not stored:
+                k, v = store(i, k, v, b)
+            q = q.transpose(1, 2).reshape(2, 4 * m, 128) * 128**-0.5
+            scores = (q @ k[0].permute(1, 2, 0)).reshape(2, 4, m, b.n) + b.future
+            out = torch.softmax(scores, -1).reshape(2, 4 * m, b.n) @ v[0].transpose(0, 1)
+            x = x + out.reshape(8, m, 128).transpose(0, 1).reshape(m, -1) @ w["o"]
+            gate, up = (agent.rms(x, w["norm2"]) @ w["up"]).chunk(2, -1)
+            x = x + (torch.nn.functional.silu(gate) * up) @ w["down"]
+        return agent.rms(x, model.w["model.language_model.norm.weight"]) @ model.embedding.T
+
+    def score(self, store, by_token=False):
+        run, stored, kl, step, whole = None, None, [], [], []
+        for b, log_p, of in zip(self.items, self.reference, self.steps):
+            if by_token and b.run != run:
+                one = agent.Batch()
+                run, one.four = b.run, b.whole_four
+                stored = [store(i, k, v, one) for i, (k, v) in enumerate(b.run_kv)]
+            logits = self.answer(b, store, stored)
+            log_q = torch.log_softmax(logits, -1)
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0))
+            right = logits.argmax(-1) == b.wanted
+            step.append(bool(right[of.action - of.prompt :].all()))
+            whole.append(bool(right.all()))
+        step, whole, kl = np.array(step), np.array(whole), torch.cat(kl)
+        everywhere = lambda right: float(np.mean([right[self.conversation == c].all() for c in set(self.conversation)]))
+        return {"step": float(step.mean()), "episode": everywhere(step), "thoughts step": float(whole.mean()),
+                "thoughts episode": everywhere(whole), "kl": kl.mean().item(), "root kl": kl.sqrt().mean().item()}
+
+
+def prompt_exact(args, clock, text, model, formats, bench, result, save):
+    prompts = PromptExact(model, text, bench.steps, bench)
+    print(f"{clock():.0f} s: prompts computed", flush=True)
+
+    def report(name, *what):
+        r = result["prompt exact: " + name] = prompts.score(*what)
+        print(f"{clock():6.1f} s {name:70} step {r['step']:.4f} episode {r['episode']:.3f} thoughts {r['thoughts step']:.4f} "
+              f"{r['thoughts episode']:.3f} KL {r['kl']:.2e} root {r['root kl']:.2e}", flush=True)
+        save()
+        return r
+
+    if not args.scan:
+        report("exact", agent.exact)
+        report("int4 paper", formats.paper(4), True)
+        report("int2 paper", formats.paper(2))
+        report("int2, no transform", formats.token(2, 2, rotate=False), True)
+        report("int2, Hadamard", formats.token(2, 2), True)
+        for levels in ("min-max", "clip .9", "calibrated", "lloyd unbiased"):
+            report(f"k2v2, eq + Hadamard, {levels}", formats.token(2, 2, equalize=True, levels=levels), True)
+        report("k4v2, eq + Hadamard", formats.token(4, 2, equalize=True), True)
+        report("mixed, eq + Hadamard", formats.token("mixed", "mixed", equalize=True))
+    for seed in SEEDS:
+        for name, channels in choices(seed):
+            plain = name.endswith(f"seed {seed}") and "integers" not in name and "10 " not in name and "100" not in name
+            if not plain or clock() > args.scan:
+                continue
+            loud32, loud8 = loudness(channels, 32, model.device), loudness(channels, 8, model.device)
+            if not 0.04 <= report(f"{name}, 32: int4 paper", formats.paper(4, loud32), True)["step"] <= 0.22:
+                continue
+            report(f"{name}, 32: int4 Hadamard", formats.token(4, 4, loud=loud32), True)
+            report(f"{name}, 8: int2 Hadamard", formats.token(2, 2, loud=loud8), True)
+            report(f"{name}, 32: mixed paper", formats.paper_mixed(loud32))
+
+
 # How four of 64 channels may have been chosen.
 def choices(seed):
     """(name, layer by layer) for one seed."""
@@ -315,7 +419,7 @@ def main():
     parser.add_argument("--conversations", type=int, default=60)
     parser.add_argument("--scan", type=float, default=0, help="seconds")
     parser.add_argument("--screen", type=int, default=16, help="conversations on which recipes are screened")
-    parser.add_argument("--only", default="plain,hard,scan")
+    parser.add_argument("--only", default="plain,hard,scan", help="parts; or prompt")
     args = parser.parse_args()
     clock, device = Clock(), "cuda" if torch.cuda.is_available() else "cpu"
     memory = 4e9 if device == "cuda" else 3e8
@@ -325,6 +429,11 @@ def main():
     steps = load(data / "heldout.jsonl", data, args.conversations, text, 0)
     model.encode(sorted({image for step in steps for image in step.images}))
     bench, runs = Bench(model, steps, memory), cut(steps)
+    if args.only == "prompt":
+        result = {"steps": len(steps)}
+        save = lambda: (args.out / "prompt_exact.json").write_text(json.dumps(result, indent=1))
+        prompt_exact(args, clock, text, model, formats, bench, result, save)
+        return
     batches = bench.batches(runs)
     bench.set_reference(batches)
     result = {"steps": len(steps), "tokens": len(bench.step_of), "run tokens": sum(len(r.tokens) for r in runs)}
