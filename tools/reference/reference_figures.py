@@ -7,7 +7,7 @@
 2. the hard checkpoints with the channels of tools/fidelity.sh, whole cache and with the engine's BF16 tail;
 3. a scan over ways to choose the loud channels: which of them give the README's figures?
 4. `--only prompt`: the same with another procedure, which may be the README's: the prompt is computed exactly, its cache quantized, the
-   recorded answer read through it. Needs no GPU; --scan then takes the first recipes alone.
+   recorded answer read through it (--own-exact: its own tokens are not quantized). Needs no GPU; --scan then takes the first recipes alone.
 
 An implementation of its own (pocket_agent_torch.py); the result goes to docs/fidelity.md. Needs a GPU to be quick.
 """
@@ -251,8 +251,8 @@ class Bench:
 class PromptExact:
     """Steps whose prompts are computed without quantization; what is read of them, and the answer itself, comes from the cache."""
 
-    def __init__(self, model, text, steps, bench):
-        self.model, self.steps, self.items, place = model, steps, [], {}
+    def __init__(self, model, text, steps, own_exact):
+        self.model, self.steps, self.own_exact, self.items, place = model, steps, own_exact, [], {}
         runs = cut(steps)
         for r, run in enumerate(runs):
             place.update({p: r for p in run.places})
@@ -282,6 +282,7 @@ class PromptExact:
             q, k, v = (agent.rms(x, w["norm1"]) @ w["qkv"]).reshape(1, m, -1, 128).split([8, 2, 2], 2)
             q, k = (agent.turned(agent.rms(t, w[name]), b.cos, b.sin) for t, name in ((q, "qn"), (k, "kn")))
             prompt_k, prompt_v = ((stored or b.run_kv)[i][side][:, : b.begin] for side in (0, 1))
+            k_exact, v_exact = k, v
             if stored:
                 own = agent.Batch()
                 own.four = b.four[:, b.begin :]
@@ -289,6 +290,8 @@ class PromptExact:
             k, v = torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1)
             if not stored:
                 k, v = store(i, k, v, b)
+            if self.own_exact:
+                k, v = torch.cat([k[:, : b.begin], k_exact], 1), torch.cat([v[:, : b.begin], v_exact], 1)
             q = q.transpose(1, 2).reshape(2, 4 * m, 128) * 128**-0.5
             scores = (q @ k[0].permute(1, 2, 0)).reshape(2, 4, m, b.n) + b.future
             out = torch.softmax(scores, -1).reshape(2, 4 * m, b.n) @ v[0].transpose(0, 1)
@@ -317,7 +320,7 @@ class PromptExact:
 
 
 def prompt_exact(args, clock, text, model, formats, bench, result, save):
-    prompts = PromptExact(model, text, bench.steps, bench)
+    prompts = PromptExact(model, text, bench.steps, args.own_exact)
     print(f"{clock():.0f} s: prompts computed", flush=True)
 
     def report(name, *what):
@@ -419,6 +422,7 @@ def main():
     parser.add_argument("--conversations", type=int, default=60)
     parser.add_argument("--scan", type=float, default=0, help="seconds")
     parser.add_argument("--screen", type=int, default=16, help="conversations on which recipes are screened")
+    parser.add_argument("--own-exact", action="store_true")
     parser.add_argument("--only", default="plain,hard,scan", help="parts; or prompt")
     args = parser.parse_args()
     clock, device = Clock(), "cuda" if torch.cuda.is_available() else "cpu"
