@@ -7,8 +7,8 @@
 namespace triaxial {
 
 Status DumpConversation(const std::string& directory, Measurement* m) {
-  if (m->meter->options().metric != Metric::kMse)
-    return InvalidArgument("--dump works with --metric mse only");
+  if (m->meter->options().metric == Metric::kKl)
+    return InvalidArgument("--dump works with the metrics mse and output only");
   const size_t index = ChooseConversations(m->trajectories.size(), 1, m->options.seed).front();
   ASSIGN_OR_RETURN(Prompt prompt, m->trajectories.Read(index, m->model));
   const int32_t longest = m->model.config.text.max_position_embeddings;
@@ -30,6 +30,8 @@ Status DumpConversation(const std::string& directory, Measurement* m) {
                {"clip_v2", clip.v2},
                {"gain_k2", clip.k2_gain},
                {"gain_v2", clip.v2_gain},
+               {"model", m->model.directory},
+               {"metric", m->provenance["metric"]},
                {"aggregate", m->provenance["aggregate"]},
                {"tags_at", m->provenance["tags_at"]},
                {"layers", m->provenance["layers"]},

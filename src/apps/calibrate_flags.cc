@@ -39,14 +39,17 @@ void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
   app->add_option("--layers", flags->layers,
                   "Replay so many layers, evenly spread (default: all of up to 16, else 4)")
       ->check(CLI::Range(1, 1 << 16));
-  app->add_option("--metric", flags->metric,
-                  "mse: squared error of the attention output; kl: divergence of the next token's "
-                  "distribution, by a pass of the model for every tag and format (slow)")
-      ->check(CLI::IsMember({"mse", "kl"}))
+  app->add_option(
+         "--metric", flags->metric,
+         "mse: squared error of the attention output (as published); output: of what o_proj makes of "
+         "it; kl: divergence of the next token's distribution, by a pass of the model for every tag "
+         "and format (slow)")
+      ->check(CLI::IsMember({"mse", "output", "kl"}))
       ->capture_default_str();
-  app->add_option("--aggregate", flags->aggregate, "Over the heads of a layer, of the metric mse")
-      ->check(CLI::IsMember({"max", "mean"}))
-      ->capture_default_str();
+  app->add_option(
+         "--aggregate", flags->aggregate,
+         "Over the heads of a layer, of the metrics mse (default: max, as published) and output (mean)")
+      ->check(CLI::IsMember({"max", "mean"}));
   app->add_option(
          "--tags-at", flags->tags_at,
          "end: tags as they are at the conversation's end, for all queries (as published); turn: as they are "
@@ -100,8 +103,13 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
   SensitivityOptions options;
   options.layers = layers;
   if (layers.empty()) options.layers = SpreadLayers(m.model.config.text.num_layers, flags.layers);
-  options.metric = flags.metric == "kl" ? Metric::kKl : Metric::kMse;
-  options.aggregate = flags.aggregate == "mean" ? Aggregate::kMean : Aggregate::kMax;
+  options.metric = flags.metric == "kl"       ? Metric::kKl
+                   : flags.metric == "output" ? Metric::kOutput
+                                              : Metric::kMse;
+  const std::string aggregate = !flags.aggregate.empty()   ? flags.aggregate
+                                : flags.metric == "output" ? "mean"
+                                                           : "max";
+  options.aggregate = aggregate == "mean" ? Aggregate::kMean : Aggregate::kMax;
   const std::string tags_at = !flags.tags_at.empty() ? flags.tags_at : flags.metric == "kl" ? "end" : "turn";
   options.tags_at = tags_at == "turn" ? TagTime::kTurn : TagTime::kEnd;
   ModelOptions model_options;

@@ -20,8 +20,8 @@ struct MeasureFlags {
   int max_tokens = 0;
   uint64_t seed = 1;
   std::string metric = "mse";
-  std::string aggregate = "max";
-  std::string tags_at;  // "": turn, or end for the metric kl
+  std::string aggregate;  // "": max, but mean for the metric output
+  std::string tags_at;    // "": turn, or end for the metric kl
   std::string codec_out;
 };
 // --threads, --dtype, --max-conversations, --max-tokens, --seed.

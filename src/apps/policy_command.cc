@@ -30,11 +30,11 @@ Status CheckOnData(Flags* flags, const Policy& policy) {
     }
   };
   set("codec", {"rotated", "paper"}, &flags->measure.model.kv_codec);
-  set("metric", {"mse", "kl"}, &flags->measure.metric);
+  set("metric", {"mse", "output", "kl"}, &flags->measure.metric);
   set("aggregate", {"max", "mean"}, &flags->measure.aggregate);
   set("tags_at", {"end", "turn"}, &flags->measure.tags_at);
   std::vector<int> layers;
-  if (flags->measure.metric == "mse" && from.is_object() && from.contains("layers")) {
+  if (flags->measure.metric != "kl" && from.is_object() && from.contains("layers")) {
     for (const Json& layer : from["layers"]) layers.push_back(layer.get<int>());
   }
   ASSIGN_OR_RETURN(Measurement measurement, PrepareMeasurement(flags->measure, layers));

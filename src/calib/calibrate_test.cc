@@ -148,6 +148,36 @@ TEST_F(CalibrateTest, PoliciesSayWhatWasMeasured) {
   EXPECT_EQ(ParsePolicy(PolicyToJson(fixed), "fixed")->table, rest);
 }
 
+// Against tools/reference/calibration_reference.py (float64, o_proj read from the checkpoint), which checked
+// a dump of this conversation: --max-conversations 1 --max-tokens 400 --layers 2 --metric output.
+TEST_F(CalibrateTest, ErrorsBehindTheOutputProjectionEqualTheReference) {
+  SensitivityOptions method;
+  method.layers = {1, 4};
+  method.metric = Metric::kOutput;
+  method.aggregate = Aggregate::kMean;
+  method.tags_at = TagTime::kTurn;
+  const auto meter = Meter(method);
+  ASSERT_NE(meter, nullptr);
+  CalibrationOptions options;
+  options.max_conversations = 1;
+  options.max_tokens = 400;
+  options.seed = 1;
+  const Result<SensitivityProfile> profile =
+      Measure("models/pocket-agent/trajectories/calibration.jsonl", options, meter.get());
+  ASSERT_TRUE(profile.ok()) << profile.status().message();
+  const auto expect = [&](Semantic semantic, Format format, double loss) {
+    const Tag tag{Temporal::kCurrent, Modal::kText, semantic};
+    EXPECT_NEAR(profile->loss[static_cast<size_t>(tag.index())][Index(format)], loss, 0.01 * loss)
+        << Name(tag) << " " << Name(format);
+  };
+  expect(Semantic::kDelim, Format::kK2V2, 1.192883e-02);
+  expect(Semantic::kDelim, Format::kK4V2, 7.097618e-03);
+  expect(Semantic::kDelim, Format::kK4V4, 6.656706e-04);
+  expect(Semantic::kInst, Format::kK2V2, 6.640450e-01);
+  expect(Semantic::kInst, Format::kK4V2, 2.105344e-01);
+  expect(Semantic::kInst, Format::kK4V4, 3.748941e-02);
+}
+
 TEST_F(CalibrateTest, DivergenceOfPredictionsAgreesOnWhatMatters) {
   SensitivityOptions options;
   options.metric = Metric::kKl;

@@ -7,7 +7,10 @@
 #include "base/check.h"
 #include "base/parallel.h"
 #include "engine/prepare.h"
+#include "model/tensor_source.h"
+#include "model/weights.h"
 #include "ops/kv_codec.h"
+#include "ops/matmul.h"
 
 namespace triaxial {
 namespace {
@@ -81,6 +84,38 @@ std::vector<int32_t> PredictedRows(std::span<const TokenTurn> tokens) {
   return rows;
 }
 
+// Of each head, W' W / hidden_size, where W is the columns of o_proj that read it, in the basis in which
+// values are stored: [num_heads][head_dim][head_dim].
+Result<std::vector<float>> OutputGram(const TensorSource& source, const Model& model, int layer) {
+  const TextConfig& text = model.config().text;
+  const int64_t dim = text.head_dim, width = text.num_heads * dim, hidden = text.hidden_size;
+  const std::string prefix =
+      model.config().architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
+  const Codec codec = model.geometry().codec;
+  const LinearPart part = EqualizedValues(text, codec, model.calibration(),
+                                          prefix + "layers." + std::to_string(layer) + ".self_attn.", layer)
+                              .o;
+  ASSIGN_OR_RETURN(std::vector<float> w,
+                   source.GetF32(part.name + ".weight", {hidden, width}, Fill::kNormal));
+  ApplyFactors(part, Element::kF32, width, w.data());
+  std::vector<float> gram(static_cast<size_t>(width * dim));
+  ParallelFor(hidden, [&](int64_t row) {
+    if (codec == Codec::kRotated) Hadamard(w.data() + row * width, text.num_heads, text.head_dim);
+  });
+  ParallelFor(text.num_heads, [&](int64_t head) {
+    std::vector<float> columns(static_cast<size_t>(dim * hidden));  // [dim][hidden]
+    for (int64_t row = 0; row < hidden; ++row) {
+      for (int64_t c = 0; c < dim; ++c) {
+        columns[static_cast<size_t>(c * hidden + row)] = w[static_cast<size_t>(row * width + head * dim + c)];
+      }
+    }
+    float* own = gram.data() + head * dim * dim;
+    MatMulTransposed(dim, dim, hidden, columns.data(), hidden, columns.data(), hidden, own, dim);
+    for (int64_t i = 0; i < dim * dim; ++i) own[i] /= static_cast<float>(hidden);
+  });
+  return gram;
+}
+
 }  // namespace
 
 // A conversation as the model's steps take it.
@@ -121,6 +156,13 @@ Result<std::unique_ptr<SensitivityMeter>> SensitivityMeter::Create(const std::st
                            std::to_string(num_layers) + ", which are numbered from 0");
   }
   if (options.layers.empty()) meter->options_.layers = SpreadLayers(num_layers, 0);
+  if (options.metric == Metric::kOutput) {
+    ASSIGN_OR_RETURN(const TensorSource source, TensorSource::Open(directory));
+    for (const int layer : meter->options_.layers) {
+      ASSIGN_OR_RETURN(std::vector<float> gram, OutputGram(source, *meter->model_, layer));
+      meter->grams_.push_back(std::move(gram));
+    }
+  }
   return meter;
 }
 
@@ -170,10 +212,11 @@ Result<ConversationLoss> SensitivityMeter::MeasureAttention(const Input& input,
                                                             std::vector<LayerCapture>* captures) {
   const KvGeometry geometry = model_->geometry();
   const int num_heads = model_->config().text.num_heads;
-  const TagAttention::Shape shape = {geometry, model_->calibration().clip, num_heads};
   std::vector<std::unique_ptr<TagAttention>> layers(static_cast<size_t>(geometry.num_layers));
-  for (const int layer : options_.layers) {
-    layers[static_cast<size_t>(layer)] =
+  for (size_t i = 0; i < options_.layers.size(); ++i) {
+    const TagAttention::Shape shape = {geometry, model_->calibration().clip, num_heads,
+                                       grams_.empty() ? nullptr : grams_[i].data()};
+    layers[static_cast<size_t>(options_.layers[i])] =
         std::make_unique<TagAttention>(shape, input.tokens, options_.tags_at);
   }
   if (captures != nullptr) {

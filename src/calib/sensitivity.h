@@ -20,14 +20,16 @@ namespace triaxial {
 using TagLosses = std::array<std::array<double, kFormats>, kTags>;
 
 enum class Metric : uint8_t {
-  kMse,  // squared error of the attention output, averaged over queries and channels, summed over layers
-  kKl,   // KL divergence of the next token's distribution, averaged over the tokens that the model wrote; one
-         // pass of the model for each tag and format
+  kMse,     // squared error of the attention output, averaged over queries and channels, summed over layers
+  kOutput,  // the same of what o_proj makes of each head's output: as it arrives in the residual stream,
+            // where errors of keys and of values count as the model minds them
+  kKl,  // KL divergence of the next token's distribution, averaged over the tokens that the model wrote; one
+        // pass of the model for each tag and format
 };
 enum class Aggregate : uint8_t { kMax, kMean };  // over the heads of a layer
 
 struct SensitivityOptions {
-  std::vector<int> layers;  // that are replayed (kMse)
+  std::vector<int> layers;  // that are replayed (kMse, kOutput)
   Metric metric = Metric::kMse;
   Aggregate aggregate = Aggregate::kMax;
   TagTime tags_at = TagTime::kEnd;  // kKl knows kEnd only
@@ -58,9 +60,9 @@ class SensitivityMeter {
                                                           const SensitivityOptions& options);
 
   // `progress` is called now and then with the fraction that is done; Cancelled once it returns false.
-  // Memory: kMse keeps keys and values of the replayed layers in F32, once exactly and once for each width of
-  // codes; queries only of one step. `captures` receives the replayed layers if it is not null. At least one
-  // token (CHECK), no more than the model takes.
+  // Memory: kMse and kOutput keep keys and values of the replayed layers in F32, once exactly and once for
+  // each width of codes; queries only of one step. `captures` receives the replayed layers if it is not null.
+  // At least one token (CHECK), no more than the model takes.
   Result<ConversationLoss> Measure(const Prompt& prompt, const std::function<bool(double)>& progress,
                                    std::vector<LayerCapture>* captures = nullptr);
 
@@ -83,7 +85,8 @@ class SensitivityMeter {
   PreprocessorConfig preprocessor_;
   SensitivityOptions options_;
   std::unique_ptr<Model> model_;
-  AttentionObserver observer_;  // of the pass that is running
+  std::vector<std::vector<float>> grams_;  // kOutput: of the replayed layers, as TagAttention takes them
+  AttentionObserver observer_;             // of the pass that is running
 };
 
 }  // namespace triaxial

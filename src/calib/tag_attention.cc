@@ -87,6 +87,8 @@ struct TagAttention::Scratch {
   std::vector<float> suffix;                  // [segments + 1][head_dim]
   std::vector<Partial> suffix_partial;        // [segments + 1]
   std::vector<float> prefix, rest, exact;     // [head_dim]
+  std::vector<float> errors, read;            // [places][head_dim], with a gram
+  std::vector<double*> places;                // that they are added to
   int64_t rows = 0;
 };
 
@@ -234,9 +236,29 @@ void TagAttention::RunTask(const Task& task, const std::vector<Segment>& segment
     for (int c = 0; c < dim; ++c) scratch->q[static_cast<size_t>(row * dim + c)] = from[c] * scale;
   }
   for (size_t s = 0; s < segments.size(); ++s) AttendSegment(task, segments[s], s, scratch);
-  for (int64_t row = 0; row < scratch->rows; ++row) {
-    Judge(segments, row, scratch, &(*errors)[static_cast<size_t>(row % group)]);
+  for (int h = 0; h < group; ++h) {
+    for (int64_t row = h; row < scratch->rows; row += group) {
+      Judge(segments, row, scratch, &(*errors)[static_cast<size_t>(h)]);
+    }
+    if (shape_.gram != nullptr) Read(task.kv_head * group + h, scratch);
   }
+}
+
+void TagAttention::Read(int head, Scratch* scratch) const {
+  const int dim = shape_.geometry.head_dim;
+  const auto count = static_cast<int64_t>(scratch->places.size());
+  scratch->read.resize(scratch->errors.size());
+  MatMul(count, dim, dim, scratch->errors.data(), dim, shape_.gram + int64_t{head} * dim * dim, dim,
+         /*add=*/false, scratch->read.data(), dim);
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t c = i * dim; c < (i + 1) * dim; ++c) {
+      sum += double{scratch->errors[static_cast<size_t>(c)]} * scratch->read[static_cast<size_t>(c)];
+    }
+    *scratch->places[static_cast<size_t>(i)] += std::max(0.0, sum);
+  }
+  scratch->places.clear();
+  scratch->errors.clear();
 }
 
 void TagAttention::AttendSegment(const Task& task, const Segment& segment, size_t s, Scratch* scratch) const {
@@ -340,10 +362,20 @@ void TagAttention::Judge(const std::vector<Segment>& segments, int64_t row, Scra
       const Partial stored = partial(pairs_[pair].first, s);
       const Merge merge(rest, stored);
       const float inverse = 1 / (merge.a * rest.sum + merge.b * stored.sum);
-      errors->sum[static_cast<size_t>(segments[s].tag)][f] +=
-          SquaredError(merge.a * inverse, scratch->rest.data(), merge.b * inverse, sums(pair, s),
-                       scratch->exact.data(), dim) /
-          dim;
+      double& place = errors->sum[static_cast<size_t>(segments[s].tag)][f];
+      const float* own_sums = sums(pair, s);
+      if (shape_.gram == nullptr) {
+        place += SquaredError(merge.a * inverse, scratch->rest.data(), merge.b * inverse, own_sums,
+                              scratch->exact.data(), dim) /
+                 dim;
+        continue;
+      }
+      scratch->places.push_back(&place);
+      for (int c = 0; c < dim; ++c) {
+        const auto at = static_cast<size_t>(c);
+        scratch->errors.push_back(merge.a * inverse * scratch->rest[at] + merge.b * inverse * own_sums[c] -
+                                  scratch->exact[at]);
+      }
     }
     const Merge merge(own, before);
     Blend(merge.a, sums(0, s), merge.b, scratch->prefix.data(), dim);

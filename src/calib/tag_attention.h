@@ -42,6 +42,9 @@ class TagAttention {
     KvGeometry geometry;
     ClipRatios clip;
     int num_heads = 0;
+    // What reads the outputs, [num_heads][head_dim][head_dim]: an error e of a head counts e' gram e. Null:
+    // the mean of its squares over channels. Must outlive the object.
+    const float* gram = nullptr;
   };
   // `tokens` must outlive it.
   TagAttention(const Shape& shape, std::span<const TokenTurn> tokens, TagTime time);
@@ -50,7 +53,7 @@ class TagAttention {
   // observer of a model sees them. All but the last call must end at a multiple of 64 tokens (CHECK).
   void Append(int64_t rows, const float* q, const float* k, const float* v);
 
-  // Of one head: sums over the queries so far of the squared error, averaged over channels.
+  // Of one head: sums over the queries so far of what the error counts.
   struct Errors {
     std::array<std::array<double, kFormats>, kTags> sum{};
   };
@@ -77,6 +80,8 @@ class TagAttention {
                Scratch* scratch, std::vector<Errors>* errors) const;
   void AttendSegment(const Task& task, const Segment& segment, size_t s, Scratch* scratch) const;
   void Judge(const std::vector<Segment>& segments, int64_t row, Scratch* scratch, Errors* errors) const;
+  // Adds up what Judge left in `scratch` of one head, by its gram.
+  void Read(int head, Scratch* scratch) const;
 
   Shape shape_;
   std::span<const TokenTurn> tokens_;

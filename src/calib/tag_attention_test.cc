@@ -58,8 +58,9 @@ Case MakeCase(Codec codec, int tokens, uint64_t seed, float scale) {
   return c;
 }
 
-std::vector<TagAttention::Errors> RunAll(const Case& c, TagTime time, int64_t step) {
-  TagAttention attention({c.geometry, c.clip, c.num_heads}, c.tokens, time);
+std::vector<TagAttention::Errors> RunAll(const Case& c, TagTime time, int64_t step,
+                                         const float* gram = nullptr) {
+  TagAttention attention({c.geometry, c.clip, c.num_heads, gram}, c.tokens, time);
   const auto n = static_cast<int64_t>(c.tokens.size());
   const int64_t dim = c.geometry.head_dim;
   for (int64_t begin = 0; begin < n; begin += step) {
@@ -97,6 +98,54 @@ TEST(TagAttentionTest, EqualsTheReferenceWithinOnePercent) {
     }
   }
   EXPECT_GT(compared, 500);
+}
+
+// A gram of an orthogonal basis counts squares; one of a single channel sees no other.
+TEST(TagAttentionTest, AGramWeighsErrors) {
+  Case c = MakeCase(Codec::kRotated, 150, 7, 2);
+  const int64_t dim = c.geometry.head_dim;
+  const auto at = [&](int head, int64_t i, int64_t k) {
+    return static_cast<size_t>((head * dim + i) * dim + k);
+  };
+  std::vector<float> gram(static_cast<size_t>(c.num_heads * dim * dim));
+  const auto expect_equal = [&](const std::vector<TagAttention::Errors>& found,
+                                const std::vector<TagAttention::Errors>& expected, double factor) {
+    for (size_t h = 0; h < found.size(); ++h) {
+      for (size_t t = 0; t < kTags; ++t) {
+        for (size_t f = 0; f < kFormats; ++f) {
+          EXPECT_NEAR(found[h].sum[t][f], factor * expected[h].sum[t][f],
+                      2e-4 * factor * expected[h].sum[t][f]);
+        }
+      }
+    }
+  };
+  for (int head = 0; head < c.num_heads; ++head) {
+    for (int64_t i = 0; i < dim; ++i) gram[at(head, i, i)] = 3;
+  }
+  const auto plain = RunAll(c, TagTime::kTurn, 64);
+  expect_equal(RunAll(c, TagTime::kTurn, 64, gram.data()), plain, 3.0 * static_cast<double>(dim));
+  // The sum over single channels is the whole, and a pair of them adds what they share twice.
+  const auto with = [&](std::initializer_list<std::pair<int64_t, int64_t>> ones) {
+    std::fill(gram.begin(), gram.end(), 0.0f);
+    for (int head = 0; head < c.num_heads; ++head) {
+      for (const auto& [i, k] : ones) gram[at(head, i, k)] = 1;
+    }
+    return RunAll(c, TagTime::kTurn, 64, gram.data());
+  };
+  const auto five = with({{5, 5}}), nine = with({{9, 9}}), both = with({{5, 5}, {9, 9}});
+  const auto shared = with({{5, 5}, {9, 9}, {5, 9}, {9, 5}});
+  double sum = 0, sum_both = 0, sum_shared = 0;
+  for (size_t h = 0; h < five.size(); ++h) {
+    for (size_t t = 0; t < kTags; ++t) {
+      sum += five[h].sum[t][0] + nine[h].sum[t][0];
+      sum_both += both[h].sum[t][0];
+      sum_shared += shared[h].sum[t][0];
+      EXPECT_LE(five[h].sum[t][0], static_cast<double>(dim) * plain[h].sum[t][0] * (1 + 1e-5));
+      EXPECT_LE(shared[h].sum[t][0], 2 * both[h].sum[t][0] * (1 + 1e-5)) << "(a + b)^2 <= 2 a^2 + 2 b^2";
+    }
+  }
+  EXPECT_NEAR(sum_both, sum, 1e-4 * sum);
+  EXPECT_NE(sum_shared, sum_both);
 }
 
 TEST(TagAttentionTest, DependsNeitherOnStepsNorOnThreads) {
