@@ -34,7 +34,7 @@ void StoreRows(const KvGeometry& g, const ClipRatios& clip, Format format, const
     const auto count = static_cast<int>(std::min<int64_t>(kBlockTokens, rows - first));
     std::vector<float> exact[2], stored;
     for (const int side : {0, 1}) {
-      exact[side].resize(static_cast<size_t>(kBlockTokens * g.head_dim));
+      exact[side].resize(static_cast<size_t>(int64_t{kBlockTokens} * g.head_dim));
       for (int t = 0; t < count; ++t) {
         RoundToBf16((side == 0 ? k : v) + (first + t) * stride + offset, g.head_dim,
                     exact[side].data() + int64_t{t} * g.head_dim);
@@ -130,6 +130,7 @@ std::vector<int> SpreadLayers(int num_layers, int count) {
   if (count <= 0) count = num_layers <= kLayersOfSmallModels ? num_layers : kLayersOfLargeModels;
   count = std::min(count, num_layers);
   std::vector<int> layers;
+  layers.reserve(static_cast<size_t>(count));
   for (int i = 0; i < count; ++i) layers.push_back((2 * i + 1) * num_layers / (2 * count));
   return layers;
 }

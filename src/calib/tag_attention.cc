@@ -196,7 +196,7 @@ void TagAttention::Append(int64_t rows, const float* q, const float* k, const fl
     });
     for (size_t i = 0; i < tasks.size(); ++i) {
       for (int h = 0; h < group; ++h) {
-        Errors& to = errors_[static_cast<size_t>(tasks[i].kv_head * group + h)];
+        Errors& to = errors_[static_cast<size_t>(int64_t{tasks[i].kv_head} * group + h)];
         for (const Segment& segment : segments) {
           const auto tag = static_cast<size_t>(segment.tag);
           for (size_t f = 0; f < kFormats; ++f)
