@@ -12,6 +12,7 @@
 #include "model/model.h"
 #include "model/single_sequence.h"
 #include "model/tensor_source.h"
+#include "model/weights.h"
 
 namespace triaxial {
 namespace {
@@ -223,8 +224,7 @@ class Fit {
     calibration_.calibrated = true;
     options_.notice(fmt::format("{} tokens", tokens_));
     ASSIGN_OR_RETURN(const TensorSource source, TensorSource::Open(served_.directory));
-    const std::string prefix =
-        served_.config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
+    const std::string prefix = TextPrefix(served_.config);
     for (size_t layer = 0; layer < energies_.size(); ++layer) {
       calibration_.key_equalization.push_back(KeyFactors(energies_[layer]));
       const std::vector<float>& keys = calibration_.key_equalization.back();

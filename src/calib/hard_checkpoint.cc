@@ -17,6 +17,7 @@
 #include "base/json.h"
 #include "io/model_config.h"
 #include "io/safetensors.h"
+#include "model/weights.h"
 
 namespace triaxial {
 namespace {
@@ -70,8 +71,7 @@ std::vector<std::vector<double>> DrawDirections(int count, int width, uint64_t s
 }
 
 std::string AttentionOf(const ModelConfig& config, int layer) {
-  const bool vl = config.architecture == Architecture::kQwen3Vl;
-  return fmt::format("model.{}layers.{}.self_attn.", vl ? "language_model." : "", layer);
+  return fmt::format("{}layers.{}.self_attn.", TextPrefix(config), layer);
 }
 
 Stretches PlanStretches(const ModelConfig& config, const Hardening& h) {

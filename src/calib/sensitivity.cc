@@ -89,19 +89,16 @@ std::vector<int32_t> PredictedRows(std::span<const TokenTurn> tokens) {
 Result<std::vector<float>> OutputGram(const TensorSource& source, const Model& model, int layer) {
   const TextConfig& text = model.config().text;
   const int64_t dim = text.head_dim, width = text.num_heads * dim, hidden = text.hidden_size;
-  const std::string prefix =
-      model.config().architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
   const Codec codec = model.geometry().codec;
-  const LinearPart part = EqualizedValues(text, codec, model.calibration(),
-                                          prefix + "layers." + std::to_string(layer) + ".self_attn.", layer)
-                              .o;
+  const LinearPart part =
+      EqualizedValues(text, codec, model.calibration(),
+                      TextPrefix(model.config()) + "layers." + std::to_string(layer) + ".self_attn.", layer)
+          .o;
   ASSIGN_OR_RETURN(std::vector<float> w,
                    source.GetF32(part.name + ".weight", {hidden, width}, Fill::kNormal));
   ApplyFactors(part, Element::kF32, width, w.data());
+  if (codec == Codec::kRotated) Hadamard(w.data(), hidden * text.num_heads, text.head_dim);
   std::vector<float> gram(static_cast<size_t>(width * dim));
-  ParallelFor(hidden, [&](int64_t row) {
-    if (codec == Codec::kRotated) Hadamard(w.data() + row * width, text.num_heads, text.head_dim);
-  });
   ParallelFor(text.num_heads, [&](int64_t head) {
     std::vector<float> columns(static_cast<size_t>(dim * hidden));  // [dim][hidden]
     for (int64_t row = 0; row < hidden; ++row) {

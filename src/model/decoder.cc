@@ -22,8 +22,7 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Elemen
                                                const KvCalibration& calibration, const TensorSource& source,
                                                LinearLoader* loader) {
   const TextConfig& c = config.text;
-  const std::string prefix =
-      config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
+  const std::string prefix = TextPrefix(config);
   const int64_t hidden = c.hidden_size;
   const int64_t dim = c.head_dim;
   std::unique_ptr<Decoder> decoder(new Decoder(c, element, codec, calibration.clip));

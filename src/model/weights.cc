@@ -28,6 +28,10 @@ void ApplyFactors(const LinearPart& part, Element type, int64_t columns, void* w
   });
 }
 
+std::string TextPrefix(const ModelConfig& config) {
+  return config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
+}
+
 ValueParts EqualizedValues(const TextConfig& config, Codec codec, const KvCalibration& calibration,
                            const std::string& attention, int layer) {
   ValueParts parts = {{attention + "v_proj", int64_t{config.num_kv_heads} * config.head_dim},

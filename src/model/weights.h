@@ -27,6 +27,9 @@ struct LinearPart {
 // Applies the factors of a part to its weights, [out][columns] of `type`.
 void ApplyFactors(const LinearPart& part, Element type, int64_t columns, void* weights);
 
+// What the names of the text model's tensors begin with: TextPrefix(config) + "norm.weight".
+std::string TextPrefix(const ModelConfig& config);
+
 // v_proj and o_proj of a layer, named ATTENTION.v_proj and so on, with the factors of value equalization for
 // `codec`: the output of o_proj stays what it is.
 struct ValueParts {

@@ -43,8 +43,7 @@ Result<std::unique_ptr<Decoder>> Decoder::Load(const ModelConfig& config, Codec 
                                                DeviceWeights* weights, LinearRunner* linears,
                                                cudaStream_t stream) {
   const TextConfig& c = config.text;
-  const std::string prefix =
-      config.architecture == Architecture::kQwen3Vl ? "model.language_model." : "model.";
+  const std::string prefix = TextPrefix(config);
   const int64_t hidden = c.hidden_size;
   const int64_t dim = c.head_dim;
   std::unique_ptr<Decoder> decoder(new Decoder(c, codec, calibration.clip, linears, stream));

@@ -37,8 +37,8 @@ struct SharedLayout {
   static_assert(kMergeSums + kWarps * kItemHeads * 8 <= kBarriers);
 };
 
-// 64 bits: format (4, of kFormat2 ... kFormat16), address (50, whose last four are zero), capacity / 16 - 1
-// of BF16 (2), tokens (8).
+// 64 bits: address (54), in whose last four bits, which are zero, is the PieceFormat; capacity / 16 - 1 of
+// BF16 (2); tokens (8).
 struct PieceAddress {
   static constexpr int kCapacityBit = 54, kTokensBit = 56;
   static constexpr uint64_t kFormatMask = 15, kAddressMask = (uint64_t{1} << kCapacityBit) - 1 - kFormatMask;
