@@ -294,6 +294,7 @@ int Main(int argc, char** argv) {
   for (const Mix& mix : Mixes()) {
     if (!prefill || (!only_mix.empty() && only_mix != mix.name)) continue;
     for (const Shape& chunk : chunks) {
+      if (only.batch != 0 && (only.batch != chunk.batch || only.context != chunk.context)) continue;
       std::mt19937 random(7);
       SequenceSpec spec = EvenSequence(chunk.context, mix.weights, random);
       spec.rows = chunk.batch;

@@ -84,11 +84,7 @@ class WorkList {
   Upload upload_;
 };
 using DecodeList = WorkList<KvBlockRef, DecodeItem>;
-using PrefillList = WorkList<PrefillBlock, PrefillItem>;  // units, then items
-
-// Memory of expanded tiles: at 128 channels, 64 MiB hold 131,072 tokens of one KV head. What few rows behind
-// long prefixes take beyond, in steps of the same size, is allocated when they come.
-constexpr int64_t kTileMemory = int64_t{64} << 20, kMostTileMemory = 8 * kTileMemory;
+using PrefillList = WorkList<PrefillBlock, PrefillItem>;
 
 }  // namespace
 
@@ -96,8 +92,10 @@ struct Attention::State {
   State(const KvGeometry& g, int heads, const AttentionLimits& limits)
       : geometry(g), num_heads(heads), multiprocessors(CurrentDevice().multiprocessors) {
     machine = {.blocks = multiprocessors * kDecodeBlocksPerSm, .warps = kDecodeWarps};
-    prefill_list = std::make_unique<PrefillList>(limits.blocks,
+    const int tiles = MaxRowTiles(limits.sequences, limits.rows);
+    prefill_list = std::make_unique<PrefillList>(limits.blocks + tiles,
                                                  MaxPrefillItems(g, heads, limits.sequences, limits.rows), 0);
+    row_tiles.Reserve(static_cast<size_t>(tiles * g.num_kv_heads * PrefillTileBytes(g.head_dim)));
     if (g.codec == Codec::kRotated) {
       const int items = MaxItems(g, heads, machine, limits.sequences);
       decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
@@ -119,8 +117,7 @@ struct Attention::State {
   std::unique_ptr<PrefillList> prefill_list;
   DecodePlan decode;
   PrefillPlan prefill;
-  std::vector<PrefillItem> units_and_items;
-  DeviceBuffer tile_memory, partial_out, partial_sums, counters;
+  DeviceBuffer row_tiles, partial_out, partial_sums, counters;
 };
 
 Attention::Attention(const KvGeometry& geometry, int num_heads, const AttentionLimits& limits) {
@@ -137,18 +134,8 @@ void Attention::Plan(std::span<const AttentionSequence> sequences, cudaStream_t 
     PlanDecode(s.geometry, s.num_heads, s.machine, sequences, &s.decode);
     s.decode_list->Send(s.decode.table, s.decode.items, stream);
   }
-  const int64_t tile_bytes = PrefillTileBytes(s.geometry.head_dim);
-  PlanPrefill(s.geometry, s.num_heads,
-              {.blocks = s.multiprocessors,
-               .tiles = static_cast<int>(kTileMemory / tile_bytes),
-               .most_tiles = static_cast<int>(kMostTileMemory / tile_bytes)},
-              s.decode_list ? 2 : 1, sequences, &s.prefill);
-  if (!has_prefill()) return;
-  const int64_t steps = (s.prefill.most_tiles * tile_bytes + kTileMemory - 1) / kTileMemory;
-  s.tile_memory.Reserve(static_cast<size_t>(steps * kTileMemory));
-  s.units_and_items = s.prefill.units;
-  s.units_and_items.insert(s.units_and_items.end(), s.prefill.items.begin(), s.prefill.items.end());
-  s.prefill_list->Send(s.prefill.table, s.units_and_items, stream);
+  PlanPrefill(s.geometry, s.num_heads, s.multiprocessors / 2, s.decode_list ? 2 : 1, sequences, &s.prefill);
+  if (has_prefill()) s.prefill_list->Send(s.prefill.table, s.prefill.items, stream);
 }
 
 bool Attention::has_decode() const { return !state_->decode.items.empty(); }
@@ -171,21 +158,19 @@ void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
 
 void Attention::RunPrefill(const LayerAttention& layer, cudaStream_t stream) {
   const State& s = *state_;
-  const PrefillItem* units = s.prefill_list->items();
-  for (const PrefillPass& pass : s.prefill.passes) {
-    LaunchPrefillSm90({.layer = layer,
-                       .codec = s.geometry.codec,
-                       .num_heads = s.num_heads,
-                       .num_kv_heads = s.geometry.num_kv_heads,
-                       .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
-                       .table = s.prefill_list->table(),
-                       .units = units + pass.first_unit,
-                       .unit_count = pass.units,
-                       .items = units + s.prefill.units.size() + pass.first_item,
-                       .item_count = pass.items,
-                       .tiles = s.tile_memory.data()},
-                      s.geometry.head_dim, pass, s.multiprocessors, stream);
-  }
+  if (!has_prefill()) return;
+  LaunchPrefillSm90({.layer = layer,
+                     .codec = s.geometry.codec,
+                     .num_heads = s.num_heads,
+                     .num_kv_heads = s.geometry.num_kv_heads,
+                     .scale_log2 = layer.scale * std::numbers::log2e_v<float>,
+                     .table = s.prefill_list->table(),
+                     .row_table = static_cast<int>(s.prefill.table.size()) - s.prefill.row_tiles,
+                     .row_tile_count = s.prefill.row_tiles,
+                     .row_tiles = s.row_tiles.data(),
+                     .items = s.prefill_list->items(),
+                     .item_count = static_cast<int>(s.prefill.items.size())},
+                    s.geometry.head_dim, s.multiprocessors, stream);
 }
 
 }  // namespace triaxial::cuda

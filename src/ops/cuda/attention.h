@@ -4,12 +4,12 @@
 // and V are BF16.
 //
 // The work is planned on the host, once a step: Plan() sorts the blocks of each sequence by format, cuts the
-// work into items and copies index arrays into device memory that was allocated at construction; only
-// prefill's memory of expanded tiles grows when it must. RunDecode and RunPrefill read them and allocate
-// nothing, so both run once for each layer. RunDecode launches one kernel whose arguments and grid depend on
-// nothing in the plan: it can be captured in a CUDA graph, and the graph replayed after other plans (rows
-// that no planned sequence owns are not written). RunPrefill launches what the plan asks for. Codec kPaper,
-// which is there to compare with, has no decode: sequences with one row are prefill.
+// work into items and copies index arrays into device memory that was allocated at construction. RunDecode
+// and RunPrefill read them and allocate nothing, so both run once for each layer. RunDecode launches one
+// kernel whose arguments and grid depend on nothing in the plan: it can be captured in a CUDA graph, and the
+// graph replayed after other plans (rows that no planned sequence owns are not written). RunPrefill launches
+// what the plan asks for. Codec kPaper, which is there to compare with, has no decode: sequences with one row
+// are prefill.
 #ifndef TRIAXIAL_OPS_CUDA_ATTENTION_H_
 #define TRIAXIAL_OPS_CUDA_ATTENTION_H_
 

@@ -234,82 +234,58 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
 
 int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows) {
   const int group = num_heads / geometry.num_kv_heads;
-  return geometry.num_kv_heads * (2 * sequences + rows * group / kPrefillTileQueries);
+  return geometry.num_kv_heads * (sequences + rows * group / kPrefillItemQueries);
 }
 
-namespace {
-
-// Rounds of items that a pass has at least, if memory allows: the last one may leave most blocks idle.
-constexpr int kRounds = 3;
-
-void AddUnits(const KvGeometry& geometry, int group, const PrefillMachine& machine,
-              const AttentionSequence& sequence, PrefillPlan* plan) {
-  const auto table = static_cast<int32_t>(plan->table.size());
-  const auto blocks = static_cast<int32_t>(sequence.blocks.size());
-  for (const KvBlockRef& block : sequence.blocks) {
-    plan->table.push_back({.unit_row = block.unit_row,
-                           .tokens = block.tokens,
-                           .capacity = block.capacity,
-                           .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
-                           .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
-  }
-  const int tiles = blocks + (sequence.rows + kBlockTokens - 1) / kBlockTokens;
-  const int items = (sequence.rows * group + kPrefillTileQueries - 1) / kPrefillTileQueries;
-  for (int head = 0; head < geometry.num_kv_heads; ++head) {
-    const bool busy = !plan->passes.empty() && plan->passes.back().items >= kRounds * machine.blocks;
-    const int room = busy ? machine.tiles : machine.most_tiles;
-    if (plan->passes.empty() || plan->passes.back().tiles + tiles > room) {
-      plan->passes.push_back({.first_unit = static_cast<int>(plan->units.size())});
-    }
-    PrefillPass& pass = plan->passes.back();
-    pass.items += items;
-    plan->units.push_back({.row_begin = sequence.row_begin,
-                           .rows = sequence.rows,
-                           .kv_head = head,
-                           .table = table,
-                           .blocks = blocks,
-                           .tile = pass.tiles});
-    ++pass.units;
-    pass.tiles += tiles;
-    plan->most_tiles = std::max(plan->most_tiles, pass.tiles);
-  }
-}
-
-}  // namespace
-
-void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine& machine, int least,
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int at_a_time, int least,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan) {
   plan->table.clear();
-  plan->units.clear();
+  plan->row_tiles = 0;
   plan->items.clear();
-  plan->passes.clear();
-  plan->most_tiles = 0;
   const int group = num_heads / geometry.num_kv_heads;
   for (const AttentionSequence& sequence : sequences) {
-    if (sequence.rows >= least) AddUnits(geometry, group, machine, sequence, plan);
+    if (sequence.rows < least) continue;
+    PrefillItem item = {.row_begin = sequence.row_begin,
+                        .rows = sequence.rows,
+                        .table = static_cast<int32_t>(plan->table.size()),
+                        .blocks = static_cast<int32_t>(sequence.blocks.size()),
+                        .row_tile = plan->row_tiles};
+    plan->row_tiles += (sequence.rows + kBlockTokens - 1) / kBlockTokens;
+    for (const KvBlockRef& block : sequence.blocks) {
+      plan->table.push_back({.unit_row = block.unit_row,
+                             .tokens = block.tokens,
+                             .capacity = block.capacity,
+                             .k_bits = static_cast<uint8_t>(Bits(block.format, Side::kK)),
+                             .v_bits = static_cast<uint8_t>(Bits(block.format, Side::kV))});
+    }
+    for (; item.kv_head < geometry.num_kv_heads; ++item.kv_head) {
+      for (item.first = 0; item.first < item.rows * group; item.first += kPrefillItemQueries) {
+        plan->items.push_back(item);
+      }
+    }
+  }
+
+  for (const AttentionSequence& sequence : sequences) {
+    if (sequence.rows < least) continue;
+    for (int row = 0; row < sequence.rows; row += kBlockTokens) {
+      plan->table.push_back({.unit_row = static_cast<uint32_t>(sequence.row_begin + row),
+                             .tokens = static_cast<uint8_t>(std::min(sequence.rows - row, kBlockTokens))});
+    }
   }
 
   const auto tokens = [&](const PrefillItem& item) {  // to be attended to
-    const int last_row = std::min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+    const int last_row = std::min(item.rows - 1, (item.first + kPrefillItemQueries - 1) / group);
     return int64_t{item.blocks} * kBlockTokens + last_row + 1;
   };
-  for (PrefillPass& pass : plan->passes) {
-    const size_t begin = plan->items.size();
-    for (int u = pass.first_unit; u < pass.first_unit + pass.units; ++u) {
-      PrefillItem item = plan->units[static_cast<size_t>(u)];
-      for (; item.first < item.rows * group; item.first += kPrefillTileQueries) plan->items.push_back(item);
-    }
-    // Heaviest first, heads beside each other; and whoever had the heaviest of a round has the lightest of
-    // the next one.
-    const auto items = std::span(plan->items).subspan(begin);
-    std::stable_sort(items.begin(), items.end(),
-                     [&](const PrefillItem& a, const PrefillItem& b) { return tokens(a) > tokens(b); });
-    const auto round = static_cast<size_t>(machine.blocks);
-    for (size_t i = round; i < items.size(); i += 2 * round) {
-      const auto part = items.subspan(i, std::min(round, items.size() - i));
-      std::reverse(part.begin(), part.end());
-    }
-    pass.first_item = static_cast<int>(begin);
+  // Heaviest first, heads beside each other; and whoever had the heaviest of a round has the lightest of the
+  // next one.
+  std::stable_sort(plan->items.begin(), plan->items.end(),
+                   [&](const PrefillItem& a, const PrefillItem& b) { return tokens(a) > tokens(b); });
+  const auto items = std::span(plan->items);
+  const auto round = static_cast<size_t>(at_a_time);
+  for (size_t i = round; i < items.size(); i += 2 * round) {
+    const auto part = items.subspan(i, std::min(round, items.size() - i));
+    std::reverse(part.begin(), part.end());
   }
 }
 

@@ -51,7 +51,8 @@ void PlanDecode(const KvGeometry& geometry, int num_heads, const DecodeMachine& 
 // Of any plan with so many sequences.
 int MaxItems(const KvGeometry& geometry, int num_heads, const DecodeMachine& machine, int sequences);
 
-// A block as prefill reads it.
+// A block as prefill reads it; or up to 64 rows of the step (a tile), where unit_row is the first of them and
+// the last three do not count.
 struct PrefillBlock {
   uint32_t unit_row = 0;
   uint8_t tokens = 0;
@@ -60,53 +61,35 @@ struct PrefillBlock {
 };
 static_assert(sizeof(PrefillBlock) == 8);
 
-// What a KV head of a sequence attends to (a unit) is brought into the form of tensor cores once, as tiles of
-// 64 tokens in memory: one for each block, then one for each 64 rows of the step.
+// Tiles of rows are made for each KV head, keys and values, FP16.
 constexpr int64_t PrefillTileBytes(int head_dim) { return int64_t{2} * kBlockTokens * head_dim * 2; }
 
-// A unit; or a tile of queries that share one, for one thread block: rows and heads of the group count
-// together, row r and head h as r * group + h.
-inline constexpr int kPrefillTileQueries = 128;
+// Queries that share a KV head, for two thread blocks: rows and heads of the group count together, row r and
+// head h as r * group + h.
+inline constexpr int kPrefillItemQueries = 256;
 struct alignas(16) PrefillItem {
   int32_t row_begin = 0;  // of the sequence
   int32_t rows = 0;       // likewise
-  int32_t first = 0;      // (row, head) of the tile of queries
+  int32_t first = 0;      // (row, head) of the first query
   int32_t kv_head = 0;
   int32_t table = 0;  // index of the sequence's first block
   int32_t blocks = 0;
-  int32_t tile = 0;  // the unit's first, among those in memory
-  int32_t unused = 0;
+  int32_t row_tile = 0;  // the sequence's first
 };
 static_assert(sizeof(PrefillItem) == 32);
 
-// Units that are in memory together, and the items that read them.
-struct PrefillPass {
-  int first_unit = 0, units = 0;
-  int first_item = 0, items = 0;
-  int tiles = 0;
-};
-
 struct PrefillPlan {
-  std::vector<PrefillBlock> table;
-  std::vector<PrefillItem> units;
+  std::vector<PrefillBlock> table;  // blocks, then tiles of rows
+  int row_tiles = 0;
   std::vector<PrefillItem> items;
-  std::vector<PrefillPass> passes;
-  int most_tiles = 0;  // of a pass
 };
 
-struct PrefillMachine {
-  int blocks = 0;  // thread blocks that run at a time, which take items in turn
-  // A pass has up to `tiles`, and more, up to `most_tiles`, as long as it has too few items to keep those
-  // blocks busy; a single unit may have any number.
-  int tiles = 0;
-  int most_tiles = 0;
-};
-
-// The sequences with `least` rows or more.
-void PlanPrefill(const KvGeometry& geometry, int num_heads, const PrefillMachine& machine, int least,
+// The sequences with `least` rows or more, for a machine that takes `at_a_time` items.
+void PlanPrefill(const KvGeometry& geometry, int num_heads, int at_a_time, int least,
                  std::span<const AttentionSequence> sequences, PrefillPlan* plan);
-// Units and items together, of any plan with so many sequences and rows.
+// Items of any plan with so many sequences and rows.
 int MaxPrefillItems(const KvGeometry& geometry, int num_heads, int sequences, int rows);
+constexpr int MaxRowTiles(int sequences, int rows) { return sequences + rows / kBlockTokens; }
 
 }  // namespace triaxial::cuda
 

@@ -1,11 +1,14 @@
 // Prefill attention: many query rows over cached blocks of any format, then causally over the rows of the
 // step.
 //
-// All of that is brought into the form of tensor cores once for all queries of a KV head, as tiles of 64
-// tokens in global memory (ExpandTiles), and then read by every thread block. A thread block owns 128 queries
-// (rows and heads of a group) of a KV head. One warp brings tiles into shared memory by bulk copies. Two
-// warpgroups, 64 queries each, multiply (wgmma) and keep maximum, sum and output in registers; the scores of
-// a tile are computed while the values of the one before are multiplied.
+// Two thread blocks that share data (a cluster) own 256 queries (rows and heads of a group) of a KV head, 128
+// each, and walk over tiles of 64 tokens. The first expands the keys of every tile, the other the values, to
+// FP16 in the order of tensor cores (prefill_tiles.cuh), and copies them to the other's shared memory: what
+// is stored is expanded once for 256 queries, on chip. In a thread block, two warpgroups take turns in that;
+// each brings its blocks by bulk copies, as they are stored, some tiles ahead. Two others, 64 queries each,
+// multiply (wgmma) and keep maximum, sum and output in registers; the scores of a tile are computed while the
+// values of the one before are multiplied. The rows of the step are BF16 in memory anyway; a kernel ahead
+// makes tiles of them there (MakeRowTiles).
 #include <algorithm>
 
 #include "ops/cuda/device.h"
@@ -16,173 +19,261 @@
 namespace triaxial::cuda {
 namespace {
 
-constexpr int kTileTokens64 = 64, kStages = 6;
-constexpr int kThreads = 3 * 128;
-constexpr int kTurn = 1;  // the first of two hardware barriers, by which consumers take turns
+constexpr int kTileTokens64 = 64;
+constexpr int kExpanders = 2;            // warpgroups
+constexpr int kStages = 2 * kExpanders;  // a multiple: a stage is one warpgroup's
+constexpr int kRawStages = 3;            // of each warpgroup
+constexpr int kThreads = (2 + kExpanders) * 128;
+constexpr int kPair = 2;  // thread blocks of a cluster: the first expands keys, the second values
+constexpr int kKeySide = 0, kValueSide = 1;  // which block of the two fills it
+// Hardware barriers: two by which consumers take turns, one of each warpgroup that expands.
+constexpr int kTurn = 1, kExpanded = 3;
 
 template <int kDim>
 struct SharedLayout {
   static constexpr int kTileBytes = kTileTokens64 * kDim * 2;
-  static constexpr int kKeys = 0;
-  static constexpr int kValues = kKeys + kStages * kTileBytes;
-  // Barriers, 8 bytes each.
-  static constexpr int kKeysFull = kValues + kStages * kTileBytes;
-  static constexpr int kKeysFree = kKeysFull + kStages * 8;
-  static constexpr int kValuesFull = kKeysFree + kStages * 8;
-  static constexpr int kValuesFree = kValuesFull + kStages * 8;
-  static constexpr int kTokens = kValuesFree + kStages * 8;  // valid tokens of a tile
-  static constexpr int kBytes = kTokens + kStages * 4;
+  static constexpr int kTiles = 0;  // of keys, then of values
+  static constexpr int kRaw = kTiles + 2 * kStages * kTileBytes;
+  static constexpr int kRaws = kExpanders * kRawStages;
+  // Barriers, 8 bytes each. Only the tiles that a thread block expands itself are freed by arrivals here.
+  static constexpr int kFull = kRaw + kRaws * kTileBytes;  // of keys, then of values
+  static constexpr int kFree = kFull + 2 * kStages * 8;
+  static constexpr int kRawFull = kFree + kStages * 8;
+  static constexpr int kRawBlocks = kRawFull + kRaws * 8;  // the word of PrefillBlock after unit_row
+  static constexpr int kBytes = kRawBlocks + kRaws * 4;
+
+  __device__ static uint32_t Tile(int side, int stage) {
+    return static_cast<uint32_t>(kTiles + (side * kStages + stage) * kTileBytes);
+  }
+  __device__ static uint32_t Full(int side, int stage) {
+    return static_cast<uint32_t>(kFull + (side * kStages + stage) * 8);
+  }
 };
 
 // A stage of a ring and the parity of its barriers.
 template <int kCount>
 struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kCount) stage = 0, parity ^= 1;
+  __device__ __forceinline__ explicit Ring(int first = 0) : stage(first) {}
+  __device__ __forceinline__ void Advance(int by = 1) {
+    stage += by;
+    if (stage >= kCount) stage -= kCount, parity ^= 1;
   }
+  int stage;
+  uint32_t parity = 0;
 };
 
-__device__ __forceinline__ PrefillItem LoadItem(const PrefillItem* items, int index) {
-  const auto* words = reinterpret_cast<const int4*>(items + index);
+__device__ __forceinline__ PrefillItem LoadItem(const PrefillParams& p, int index) {
+  const auto* words = reinterpret_cast<const int4*>(p.items + index);
   const int4 a = words[0], b = words[1];
-  return {
-      .row_begin = a.x, .rows = a.y, .first = a.z, .kv_head = a.w, .table = b.x, .blocks = b.y, .tile = b.z};
+  return {.row_begin = a.x,
+          .rows = a.y,
+          .first = a.z,
+          .kv_head = a.w,
+          .table = b.x,
+          .blocks = b.y,
+          .row_tile = b.z};
 }
 // Tiles that the queries of an item see: its blocks, then those with rows of the step up to its last one.
 __device__ __forceinline__ int TilesOf(const PrefillItem& item, int group) {
-  const int last_row = min(item.rows - 1, (item.first + kPrefillTileQueries - 1) / group);
+  const int last_row = min(item.rows - 1, (item.first + kPrefillItemQueries - 1) / group);
   return item.blocks + last_row / kTileTokens64 + 1;
 }
+__device__ __forceinline__ int FirstItem() { return static_cast<int>(blockIdx.x) / kPair; }
+__device__ __forceinline__ int ItemStep() { return static_cast<int>(gridDim.x) / kPair; }
 
-// The unit that a tile of a pass belongs to.
-__device__ __forceinline__ PrefillItem UnitOf(const PrefillParams& p, int tile) {
-  int low = 0;
-  for (int high = p.unit_count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (p.units[middle].tile <= tile ? low : high) = middle;
-  }
-  return LoadItem(p.units, low);
+template <int kDim>
+__device__ __forceinline__ uint8_t* RowTile(const PrefillParams& p, int tile, int kv_head) {
+  return p.row_tiles + (int64_t{tile} * p.num_kv_heads + kv_head) * (2 * SharedLayout<kDim>::kTileBytes);
 }
 
-// One thread block for each tile: a block of the cache or 64 rows of the step. One warpgroup expands the
-// keys, one the values.
+// One thread block for each tile of rows and KV head. One warpgroup makes the keys, one the values.
 template <int kDim>
-__global__ void __launch_bounds__(2 * kExpandThreads) ExpandTiles(const __grid_constant__ PrefillParams p) {
-  constexpr int kTileBytes = SharedLayout<kDim>::kTileBytes;
+__global__ void __launch_bounds__(2 * kExpandThreads) MakeRowTiles(const __grid_constant__ PrefillParams p) {
+  constexpr uint32_t kRowBytes = kDim * 2, kTileBytes = SharedLayout<kDim>::kTileBytes;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ __align__(8) uint64_t barrier_storage;
   const uint32_t tiles = SharedAddress(shared), raw = tiles + 2 * kTileBytes;
   const uint32_t barrier = SharedAddress(&barrier_storage);
-  const PrefillItem unit = UnitOf(p, static_cast<int>(blockIdx.x));
-  const int tile = static_cast<int>(blockIdx.x) - unit.tile, thread = static_cast<int>(threadIdx.x);
-  const int first_row = (tile - unit.blocks) * kTileTokens64;
+  const int thread = static_cast<int>(threadIdx.x), row = thread % kTileTokens64;
+  const int kv_head = static_cast<int>(blockIdx.y);
   if (thread == 0) {
     BarrierInit(barrier, 1);
     FenceBarrierInit();
     FenceProxyAsync();
   }
   __syncthreads();
-  const bool keys = thread < kExpandThreads;
-  const uint32_t to = tiles + (keys ? 0 : kTileBytes);
-  if (first_row < 0) {
-    const PrefillBlock block = p.table[unit.table + tile];
-    const int k = SideSize(p.codec, kDim, block.k_bits, block.capacity);
-    const int v = SideSize(p.codec, kDim, block.v_bits, block.capacity);
-    if (thread == 0) {
-      const uint8_t* from = p.layer.arena +
-                            static_cast<int64_t>(block.unit_row) * (p.num_kv_heads * kUnitBytes) +
-                            unit.kv_head * (k + v);
-      BarrierExpect(barrier, static_cast<uint32_t>(k + v));
-      BulkLoad(raw, from, static_cast<uint32_t>(k + v), barrier);
-    }
-    BarrierWait(barrier, 0);
-    if (keys) {
-      ExpandKeysOf<kDim>(p.codec, block.k_bits, raw, block.capacity / 16, to, thread);
-    } else {
-      ExpandValuesOf<kDim>(p.codec, block.v_bits, raw + static_cast<uint32_t>(k), block.capacity / 16, to,
-                           thread - kExpandThreads);
-    }
+  const PrefillBlock what = p.table[p.row_table + static_cast<int>(blockIdx.x)];
+  if (thread == 0) BarrierExpect(barrier, 2 * what.tokens * kRowBytes);
+  if (thread < 2 * kTileTokens64 && row < what.tokens) {
+    const uint16_t* from = (thread < kTileTokens64 ? p.layer.k : p.layer.v) +
+                           (int64_t{what.unit_row} + row) * p.layer.kv_stride + kv_head * kDim;
+    BulkLoad(raw + static_cast<uint32_t>(thread) * kRowBytes, from, kRowBytes, barrier);
+  }
+  BarrierWait(barrier, 0);
+  if (thread < kExpandThreads) {
+    RowsToKeys<kDim>(raw, what.tokens, tiles, thread);
   } else {
-    constexpr uint32_t kRowBytes = kDim * 2;
-    const int rows = min(unit.rows - first_row, kTileTokens64), row = thread % kTileTokens64;
-    if (thread == 0) BarrierExpect(barrier, 2 * static_cast<uint32_t>(rows) * kRowBytes);
-    if (thread < 2 * kTileTokens64 && row < rows) {
-      const uint16_t* from = (thread < kTileTokens64 ? p.layer.k : p.layer.v) +
-                             (unit.row_begin + first_row + row) * p.layer.kv_stride + unit.kv_head * kDim;
-      BulkLoad(raw + static_cast<uint32_t>(thread) * kRowBytes, from, kRowBytes, barrier);
-    }
-    BarrierWait(barrier, 0);
-    if (keys) {
-      RowsToKeys<kDim>(raw, rows, to, thread);
-    } else {
-      RowsToValues<kDim>(raw + kTileBytes, rows, to, thread - kExpandThreads);
-    }
+    RowsToValues<kDim>(raw + kTileBytes, what.tokens, tiles + kTileBytes, thread - kExpandThreads);
   }
   FenceProxyAsync();
   __syncthreads();
   if (thread == 0) {
-    BulkStore(p.tiles + int64_t{blockIdx.x} * (2 * kTileBytes), tiles, 2 * kTileBytes);
+    BulkStore(RowTile<kDim>(p, static_cast<int>(blockIdx.x), kv_head), tiles, 2 * kTileBytes);
     WaitForBulkStores();
   }
 }
 
-// The warp that brings tiles.
-template <int kDim>
-__device__ __forceinline__ void LoadTiles(const PrefillParams& p, uint32_t base, int group) {
-  using L = SharedLayout<kDim>;
-  const int lane = threadIdx.x & 31;
-  Ring<kStages> ring;
-  for (int index = static_cast<int>(blockIdx.x); index < p.item_count; index += static_cast<int>(gridDim.x)) {
-    const PrefillItem item = LoadItem(p.items, index);
-    const uint8_t* from = p.tiles + int64_t{item.tile} * (2 * L::kTileBytes);
-    const int tiles = TilesOf(item, group);
-    int tokens = 0;  // of block `lane` of 32
+// A warpgroup that fills every second tile of one side, for both thread blocks.
+template <int kDim, int kSide>
+class Expander {
+ public:
+  __device__ __forceinline__ Expander(const PrefillParams& p, uint32_t shared, int group, int warpgroup)
+      : p_(p),
+        base_(shared),
+        other_(SharedOfBlock(shared, 1 - kSide)),
+        group_(group),
+        warpgroup_(warpgroup),
+        thread_(static_cast<int>(threadIdx.x) % kExpandThreads),
+        place_(kOf, thread_) {}
+
+  __device__ __forceinline__ void Run() {
+    if (thread_ == 0) {
+      BeginAhead(FirstItem());
+      ahead_tile_ = warpgroup_;
+      FindBlock();
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile, from += 2 * L::kTileBytes) {
-      if (tile % 32 == 0 && tile + lane < item.blocks) tokens = p.table[item.table + tile + lane].tokens;
-      int valid = __shfl_sync(~0u, tokens, tile % 32);
-      if (tile >= item.blocks) valid = kTileTokens64;
-      if (lane == 0) {
-        const uint32_t bars = base + ring.stage * 8, to = base + ring.stage * L::kTileBytes;
-        BarrierWait(bars + L::kKeysFree, ring.parity ^ 1);
-        StoreShared4(base + L::kTokens + ring.stage * 4, static_cast<uint32_t>(valid));
-        BarrierExpect(bars + L::kKeysFull, L::kTileBytes);
-        BulkLoad(to + L::kKeys, from, L::kTileBytes, bars + L::kKeysFull);
-        BarrierWait(bars + L::kValuesFree, ring.parity ^ 1);
-        BarrierExpect(bars + L::kValuesFull, L::kTileBytes);
-        BulkLoad(to + L::kValues, from + L::kTileBytes, L::kTileBytes, bars + L::kValuesFull);
+      for (int i = 0; i < kRawStages; ++i) Bring(i);
+    }
+    __syncwarp();
+    Ring<kStages> ring(warpgroup_);
+    Ring<kRawStages> raw_ring;
+    int tile = warpgroup_;
+    for (int index = FirstItem(); index < p_.item_count; index += ItemStep()) {
+      const PrefillItem item = LoadItem(p_, index);
+      const int tiles = TilesOf(item, group_);
+#pragma unroll 1
+      for (; tile < tiles; tile += kExpanders, ring.Advance(kExpanders)) {
+        if (tile < item.blocks) {
+          ExpandBlock(ring, raw_ring);
+        } else {
+          CopyRows(item, tile, ring);
+        }
+        __syncwarp();
       }
-      __syncwarp();
-      ring.Advance();
+      tile -= tiles;
     }
   }
-}
+
+ private:
+  using L = SharedLayout<kDim>;
+  static constexpr Side kOf = kSide == kKeySide ? Side::kK : Side::kV;
+
+  __device__ __forceinline__ void ExpandBlock(const Ring<kStages>& ring, Ring<kRawStages>& raw_ring) {
+    const int stage = warpgroup_ * kRawStages + raw_ring.stage;
+    const uint32_t raw = base_ + L::kRaw + stage * L::kTileBytes, to = base_ + L::Tile(kSide, ring.stage);
+    BarrierWait(base_ + L::kRawFull + stage * 8, raw_ring.parity);
+    BarrierWait(base_ + L::kFree + ring.stage * 8, ring.parity ^ 1);
+    const uint32_t what = LoadShared4(base_ + L::kRawBlocks + stage * 4);
+    const uint32_t token_tiles = what >> 12 & 0xf;  // capacity / 16
+    const uint32_t bits = kSide == kKeySide ? what >> 16 & 0xff : what >> 24;
+    ExpandSide<kDim, kOf>(p_.codec, static_cast<int>(bits), raw, static_cast<int>(token_tiles), to, place_);
+    FenceProxyAsync();
+    NamedBarrierSync<kExpandThreads>(kExpanded + warpgroup_);
+    if (thread_ == 0) {
+      BarrierArrive(base_ + L::Full(kSide, ring.stage));
+      CopyToBlock(other_ + L::Tile(kSide, ring.stage), to, L::kTileBytes,
+                  other_ + L::Full(kSide, ring.stage));
+      Bring(raw_ring.stage);
+    }
+    raw_ring.Advance();
+  }
+  __device__ __forceinline__ void CopyRows(const PrefillItem& item, int tile, const Ring<kStages>& ring) {
+    BarrierWait(base_ + L::kFree + ring.stage * 8, ring.parity ^ 1);  // all must see every phase
+    if (thread_ != 0) return;
+    const uint32_t full = base_ + L::Full(kSide, ring.stage);
+    const uint8_t* from = RowTile<kDim>(p_, item.row_tile + tile - item.blocks, item.kv_head);
+    BarrierExpect(full, L::kTileBytes);
+    BulkLoadToBlocks(base_ + L::Tile(kSide, ring.stage), from + kSide * L::kTileBytes, L::kTileBytes, full,
+                     (1 << kPair) - 1);
+  }
+
+  // One thread looks ahead: the next blocks of this warpgroup's tiles.
+  __device__ __forceinline__ void BeginAhead(int index) {
+    ahead_index_ = index;
+    if (index >= p_.item_count) return;
+    ahead_ = LoadItem(p_, index);
+    ahead_tiles_ = TilesOf(ahead_, group_);
+  }
+  // From ahead_tile_ on, which may lie in a later item.
+  __device__ __forceinline__ void FindBlock() {
+    while (ahead_index_ < p_.item_count) {
+      if (ahead_tile_ < ahead_.blocks) {
+        ahead_block_ = __ldg(reinterpret_cast<const uint2*>(p_.table) + ahead_.table + ahead_tile_);
+        return;
+      }
+      if (ahead_tile_ < ahead_tiles_) {
+        ahead_tile_ += kExpanders;
+      } else {
+        ahead_tile_ -= ahead_tiles_;
+        BeginAhead(ahead_index_ + ItemStep());
+      }
+    }
+  }
+  __device__ __forceinline__ void Bring(int raw_stage) {
+    if (ahead_index_ >= p_.item_count) return;
+    const int stage = warpgroup_ * kRawStages + raw_stage;
+    const uint32_t full = base_ + L::kRawFull + stage * 8, what = ahead_block_.y;
+    const int capacity = static_cast<int>(what >> 8 & 0xff);
+    const int k = SideSize(p_.codec, kDim, static_cast<int>(what >> 16 & 0xff), capacity);
+    const int v = SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
+    const uint8_t* from = p_.layer.arena +
+                          static_cast<int64_t>(ahead_block_.x) * (p_.num_kv_heads * kUnitBytes) +
+                          ahead_.kv_head * (k + v) + (kSide == kKeySide ? 0 : k);
+    const auto bytes = static_cast<uint32_t>(kSide == kKeySide ? k : v);
+    StoreShared4(base_ + L::kRawBlocks + stage * 4, what);
+    BarrierExpect(full, bytes);
+    BulkLoad(base_ + L::kRaw + stage * L::kTileBytes, from, bytes, full);
+    ahead_tile_ += kExpanders;
+    FindBlock();
+  }
+
+  const PrefillParams& p_;
+  const uint32_t base_, other_;
+  const int group_, warpgroup_, thread_;
+  const ExpandPlace place_;
+  PrefillItem ahead_ = {};
+  int ahead_index_ = 0, ahead_tile_ = 0, ahead_tiles_ = 0;
+  uint2 ahead_block_ = {};
+};
 
 // One thread's share of a tile of queries: rows g and g + 8 of its warp's 16, columns 8j + 2t and the next.
 template <int kDim>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const PrefillParams& p, uint32_t shared, int group, int warpgroup)
-      : p_(p), base_(shared), group_(group), warpgroup_(warpgroup) {}
+  // `rank`: of the two thread blocks.
+  __device__ __forceinline__ Consumer(const PrefillParams& p, uint32_t shared, int group, int warpgroup,
+                                      int rank)
+      : p_(p),
+        base_(shared),
+        free_{SharedOfBlock(shared + L::kFree, kKeySide), SharedOfBlock(shared + L::kFree, kValueSide)},
+        group_(group),
+        warpgroup_(warpgroup),
+        rank_(rank) {}
 
   __device__ __forceinline__ void Run() {
     if (warpgroup_ == 1) NamedBarrierArrive<256>(kTurn);  // the first turn is the other's
-    for (int index = static_cast<int>(blockIdx.x); index < p_.item_count;
-         index += static_cast<int>(gridDim.x)) {
-      const PrefillItem item = LoadItem(p_.items, index);
+    for (int index = FirstItem(); index < p_.item_count; index += ItemStep()) {
+      const PrefillItem item = LoadItem(p_, index);
       Begin(item);
       const int tiles = TilesOf(item, group_);
       uint32_t even[4][4], odd[4][4];
-      BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
+      WaitFor(kKeySide, keys_);
       MultiplyKeys();
-      const int tokens = Tokens();
+      const bool mask = NeedsMask(item, 0);
       WgmmaWait<0>();
       Pin(scores_);
-      Free(L::kKeysFree, keys_.stage);
-      keys_.Advance();
-      Softmax(item, 0, tokens, even);
+      Free(kKeySide, keys_);
+      Softmax(item, 0, mask, even);
       for (int tile = 1;;) {
         if (tile == tiles) {
           MultiplyLast(even);
@@ -210,7 +301,7 @@ class Consumer {
 
   __device__ __forceinline__ void Begin(const PrefillItem& item) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    first_ = item.first + static_cast<int>(threadIdx.x) / 32 * 16 + g;
+    first_ = item.first + (rank_ * 8 + static_cast<int>(threadIdx.x) / 32) * 16 + g;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int query = Query(item, h);
@@ -241,36 +332,33 @@ class Consumer {
   // while the other's products are.
   __device__ __forceinline__ void Step(const PrefillItem& item, int tile, uint32_t (&now)[4][4],
                                        uint32_t (&next)[4][4]) {
-    BarrierWait(base_ + L::kKeysFull + keys_.stage * 8, keys_.parity);
-    BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
+    const bool mask = NeedsMask(item, tile);
+    WaitFor(kKeySide, keys_);
+    WaitFor(kValueSide, values_);
     NamedBarrierSync<256>(kTurn + warpgroup_);
     MultiplyKeys();
     MultiplyValues(now);
     NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
-    const int tokens = Tokens();
     WgmmaWait<1>();
     Pin(scores_);
-    Free(L::kKeysFree, keys_.stage);
-    keys_.Advance();
-    Softmax(item, tile, tokens, next);
+    Free(kKeySide, keys_);
+    Softmax(item, tile, mask, next);
     WgmmaWait<0>();
     Pin(out_);
     Pin(now);
-    Free(L::kValuesFree, values_.stage);
-    values_.Advance();
+    Free(kValueSide, values_);
     if (raised_) Scale();
   }
   __device__ __forceinline__ void MultiplyLast(uint32_t (&weights)[4][4]) {
-    BarrierWait(base_ + L::kValuesFull + values_.stage * 8, values_.parity);
+    WaitFor(kValueSide, values_);
     MultiplyValues(weights);
     WgmmaWait<0>();
     Pin(out_);
     Pin(weights);
-    Free(L::kValuesFree, values_.stage);
-    values_.Advance();
+    Free(kValueSide, values_);
   }
   __device__ __forceinline__ void MultiplyKeys() {
-    const uint64_t keys = WgmmaDescriptor(base_ + L::kKeys + keys_.stage * L::kTileBytes);
+    const uint64_t keys = WgmmaDescriptor(base_ + L::Tile(kKeySide, keys_.stage));
     Pin(scores_);
     WgmmaFence();
 #pragma unroll
@@ -281,7 +369,7 @@ class Consumer {
     WgmmaCommit();
   }
   __device__ __forceinline__ void MultiplyValues(const uint32_t (&weights)[4][4]) {
-    const uint64_t values = WgmmaDescriptor(base_ + L::kValues + values_.stage * L::kTileBytes);
+    const uint64_t values = WgmmaDescriptor(base_ + L::Tile(kValueSide, values_.stage));
     Pin(out_);
     WgmmaFence();
 #pragma unroll
@@ -290,23 +378,33 @@ class Consumer {
     }
     WgmmaCommit();
   }
-  __device__ __forceinline__ void Free(int barriers, int stage) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(base_ + barriers + stage * 8);
+  // A tile that the other thread block copies here is announced anew as soon as it has come: long before that
+  // block can know that the stage is free.
+  __device__ __forceinline__ void WaitFor(int side, const Ring<kStages>& ring) {
+    const uint32_t full = base_ + L::Full(side, ring.stage);
+    BarrierWait(full, ring.parity);
+    if (threadIdx.x == 0 && side != rank_) BarrierExpect(full, L::kTileBytes);
   }
-  // Valid tokens of the tile of keys. One lane reads, because one lane says that the stage is free.
-  __device__ __forceinline__ int Tokens() const {
-    int tokens = 0;
-    if (threadIdx.x % 32 == 0) tokens = static_cast<int>(LoadShared4(base_ + L::kTokens + keys_.stage * 4));
-    return __shfl_sync(~0u, tokens, 0);
+  __device__ __forceinline__ void Free(int side, Ring<kStages>& ring) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArriveAtBlock(free_[side] + ring.stage * 8);
+    ring.Advance();
+  }
+  // Whether some tokens of a tile are none or too late for some query. To be asked tile by tile.
+  __device__ __forceinline__ bool NeedsMask(const PrefillItem& item, int tile) {
+    if (tile % 32 == 0) {
+      const int mine = tile + (threadIdx.x & 31);
+      tokens_ = mine < item.blocks ? p_.table[item.table + mine].tokens : 0;
+      masked_ = __ballot_sync(~0u, tokens_ < kTileTokens64);
+    }
+    return (masked_ >> tile % 32 & 1) != 0;
   }
 
   // Scores to weights 2^(score - maximum). Whether the maximum is still good enough shows in their sum, so
   // that it is searched only when it is not; then factor_ is what the output is to be multiplied by.
-  __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, int tokens,
+  __device__ __forceinline__ void Softmax(const PrefillItem& item, int tile, bool mask,
                                           uint32_t (&weights)[4][4]) {
-    const int row_tile = tile - item.blocks;
-    if (tokens < kTileTokens64 || row_tile >= 0) Mask(row_tile, tokens);
+    if (mask) Mask(tile - item.blocks, __shfl_sync(~0u, tokens_, tile % 32));
     float sum[2] = {Weigh(0, max_[0], weights), Weigh(1, max_[1], weights)};
     raised_ = __any_sync(~0u, !(sum[0] < kMostSum && sum[1] < kMostSum));
     if (raised_) {
@@ -412,69 +510,79 @@ class Consumer {
   }
 
   const PrefillParams& p_;
-  const uint32_t base_;
-  const int group_, warpgroup_;
+  const uint32_t base_, free_[kPair];
+  const int group_, warpgroup_, rank_;
   Ring<kStages> keys_, values_;
   uint32_t queries_[kSteps][4];
   float scores_[32] = {};
   float out_[kDim / 2];
   float max_[2], sum_[2], factor_[2];
   int first_, row_[2];
+  // Of 32 tiles: the tokens of one in each lane, and a bit for each.
+  int tokens_ = 0;
+  uint32_t masked_ = 0;
   bool raised_ = false;
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_constant__ PrefillParams p) {
+__global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
+    PrefillKernel(const __grid_constant__ PrefillParams p) {
   using L = SharedLayout<kDim>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = SharedAddress(shared);
-  const int group = p.num_heads / p.num_kv_heads;
+  const int group = p.num_heads / p.num_kv_heads, rank = BlockOfCluster();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(base + L::kKeysFull + i * 8, 1);
-      BarrierInit(base + L::kValuesFull + i * 8, 1);
-      BarrierInit(base + L::kKeysFree + i * 8, 8);  // warps of both consumers
-      BarrierInit(base + L::kValuesFree + i * 8, 8);
+      BarrierInit(base + L::Full(kKeySide, i), 1);
+      BarrierInit(base + L::Full(kValueSide, i), 1);
+      BarrierInit(base + L::kFree + i * 8, kPair * 8);  // warps of all consumers
     }
+    for (int i = 0; i < L::kRaws; ++i) BarrierInit(base + L::kRawFull + i * 8, 1);
     FenceBarrierInit();
     FenceProxyAsync();
+    for (int i = 0; i < kStages; ++i) BarrierExpect(base + L::Full(1 - rank, i), L::kTileBytes);
   }
-  __syncthreads();
+  ClusterSync();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   if (warp < 8) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    Consumer<kDim>(p, base, group, warp / 4).Run();
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+    Consumer<kDim>(p, base, group, warp / 4, rank).Run();
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp == 8) LoadTiles<kDim>(p, base, group);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if (rank == kKeySide) {
+      Expander<kDim, kKeySide>(p, base, group, warp / 4 - 2).Run();
+    } else {
+      Expander<kDim, kValueSide>(p, base, group, warp / 4 - 2).Run();
+    }
   }
+  ClusterSync();  // nobody leaves while the other may still write or arrive here
 }
 
 template <int kDim>
-void Launch(const PrefillParams& params, const PrefillPass& pass, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = SharedLayout<kDim>::kBytes, kExpandBytes = 2 * PrefillTileBytes(kDim);
+void Launch(const PrefillParams& params, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = SharedLayout<kDim>::kBytes, kRowBytes = 4 * SharedLayout<kDim>::kTileBytes;
   static const bool configured = [] {
     CUDA_OK(cudaFuncSetAttribute(PrefillKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-    CUDA_OK(
-        cudaFuncSetAttribute(ExpandTiles<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kExpandBytes));
+    CUDA_OK(cudaFuncSetAttribute(MakeRowTiles<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRowBytes));
     return true;
   }();
   static_cast<void>(configured);
-  ExpandTiles<kDim><<<static_cast<unsigned>(pass.tiles), 2 * kExpandThreads, kExpandBytes, stream>>>(params);
+  const dim3 row_tiles(static_cast<unsigned>(params.row_tile_count),
+                       static_cast<unsigned>(params.num_kv_heads));
+  MakeRowTiles<kDim><<<row_tiles, 2 * kExpandThreads, kRowBytes, stream>>>(params);
   CUDA_OK(cudaGetLastError());
-  PrefillKernel<kDim>
-      <<<static_cast<unsigned>(std::min(blocks, pass.items)), kThreads, kBytes, stream>>>(params);
+  const int pairs = std::min(blocks / kPair, params.item_count);
+  PrefillKernel<kDim><<<static_cast<unsigned>(pairs * kPair), kThreads, kBytes, stream>>>(params);
   CUDA_OK(cudaGetLastError());
 }
 
 }  // namespace
 
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, const PrefillPass& pass, int blocks,
-                       cudaStream_t stream) {
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int blocks, cudaStream_t stream) {
   if (head_dim == 128) {
-    Launch<128>(params, pass, blocks, stream);
+    Launch<128>(params, blocks, stream);
   } else {
-    Launch<64>(params, pass, blocks, stream);
+    Launch<64>(params, blocks, stream);
   }
 }
 

@@ -16,18 +16,15 @@ struct PrefillParams {
   int num_kv_heads = 0;
   float scale_log2 = 0;  // layer.scale * log2(e)
   const PrefillBlock* table = nullptr;
-  // Of one pass.
-  const PrefillItem* units = nullptr;
-  int unit_count = 0;
+  int row_table = 0;  // where the tiles of rows begin in it
+  int row_tile_count = 0;
+  uint8_t* row_tiles = nullptr;  // PrefillTileBytes(head_dim) for each of them and KV head
   const PrefillItem* items = nullptr;
   int item_count = 0;
-  uint8_t* tiles = nullptr;
 };
 
-// One pass, head_dim 64 or 128: its units become tiles; then at most `blocks` thread blocks take items in
-// turn.
-void LaunchPrefillSm90(const PrefillParams& params, int head_dim, const PrefillPass& pass, int blocks,
-                       cudaStream_t stream);
+// head_dim 64 or 128; at most `blocks` thread blocks, two for an item, take items in turn.
+void LaunchPrefillSm90(const PrefillParams& params, int head_dim, int blocks, cudaStream_t stream);
 
 }  // namespace triaxial::cuda
 

@@ -34,14 +34,14 @@ __device__ __forceinline__ uint32_t ValueOffset(int row, int piece) {
 }
 
 // Codes of one word as FP16 pairs: field I of both halves, exact. The codes are put into the mantissa of
-// 1024, which is then taken away.
+// 1024, twice in `f16_1024`, which is then taken away.
 template <int kBits, int I>
-__device__ __forceinline__ uint32_t CodesToF16(uint32_t word) {
+__device__ __forceinline__ uint32_t CodesToF16(uint32_t word, uint32_t f16_1024) {
   constexpr int kInByte = I % (8 / kBits);
   constexpr uint32_t kMask = ((1u << kBits) - 1) << (kBits * kInByte) | ((1u << kBits) - 1)
                                                                             << (kBits * kInByte + 16);
   const uint32_t source = I >= 8 / kBits ? word >> 8 : word;
-  const uint32_t biased = (source & kMask) | 0x64006400u;
+  const uint32_t biased = (source & kMask) | f16_1024;
   constexpr float kUnit = 1.0f / (1 << (kBits * kInByte));
   const __half2 unit = __floats2half2_rn(kUnit, kUnit),
                 bias = __floats2half2_rn(-1024 * kUnit, -1024 * kUnit);
@@ -60,15 +60,39 @@ __device__ __forceinline__ uint32_t Bf16ToF16(uint32_t pair) {
 }
 // Field I of a word, times the scale, plus the minimum.
 template <int kBits, int I>
-__device__ __forceinline__ uint32_t Expand(uint32_t word, uint32_t scale, uint32_t minimum) {
+__device__ __forceinline__ uint32_t Expand(uint32_t word, uint32_t scale, uint32_t minimum,
+                                           uint32_t f16_1024) {
   if constexpr (kBits == 16) {
     return Bf16ToF16(word);
   } else if constexpr (kBits == 8) {
     return MulF16(F16FromE4m3(static_cast<uint16_t>(I == 0 ? word & 0xffff : word >> 16)), scale);
   } else {
-    return FmaF16(CodesToF16<kBits, I>(word), scale, minimum);
+    return FmaF16(CodesToF16<kBits, I>(word, f16_1024), scale, minimum);
   }
 }
+
+// What a thread of the warpgroup has to do with a tile, whatever the format: warp w expands the keys of token
+// tile w; or the values of token tiles 2 (w % 2) and the next, of the channels in half w / 2 of each channel
+// tile.
+struct ExpandPlace {
+  __device__ __forceinline__ ExpandPlace(Side side, int thread) : thread(thread) {
+    const int warp = thread / 32, lane = thread % 32, g = lane >> 2, t = lane & 3;
+    token_tile = side == Side::kK ? warp : warp % 2 * 2;
+    half = warp / 2;
+    codes = static_cast<uint32_t>(lane * 16);
+    meta = static_cast<uint32_t>(side == Side::kK ? g * 16 + warp % 2 * 8 : t * 16);
+    out = side == Side::kK ? KeyOffset(PositionOf(warp * 16 + g), t * 2)
+                           : ValueOffset(half * 8 + g, t * 2 + warp % 2);
+    // A constant that the assembler does not know to be one: only a register leaves room for the mask in the
+    // instruction that takes codes apart.
+    f16_1024 = 0x64006400u + threadIdx.y;
+  }
+
+  int thread, token_tile, half;
+  uint32_t codes, meta;  // byte offsets of a lane's share of a load, of the metadata of two token tiles
+  uint32_t out;          // and of the first 16 bytes in the tile
+  uint32_t f16_1024;
+};
 
 // A side of a block in shared memory, in the order of layout.h.
 template <int kDim, int kBits>
@@ -78,13 +102,14 @@ struct RawSide {
   static constexpr int kShare =
       kFields < kSteps ? kFields : kSteps;  // fields of a load that are of one token tile
 
-  // A lane's 16 bytes for channel tile `step` of token tile `tile`, as field step % kShare. BF16 blocks have
-  // `tiles` token tiles; the others read as zero.
-  __device__ static __forceinline__ uint4 Load(uint32_t raw, int tiles, int tile, int step, int lane) {
+  // 16 bytes for channel tile `step` of token tile `tile`, as field step % kShare. BF16 blocks have `tiles`
+  // token tiles; the others read as zero.
+  __device__ static __forceinline__ uint4 Load(uint32_t raw, int tiles, int tile, int step,
+                                               const ExpandPlace& place) {
     if (kBits == 16 && tile >= tiles) return {};
     int fragment = tile * kSteps + step;
     if constexpr (kBits == 8) raw += tile / 2 * (32 * (kDim + 4)), fragment = tile % 2 * kSteps + step;
-    uint4 w = LoadShared16(raw + fragment / kFields * 512 + lane * 16);
+    uint4 w = LoadShared16(raw + fragment / kFields * 512 + place.codes);
     if (kShare < kFields && tile % 2 != 0) w = {w.x >> 8, w.y >> 8, w.z >> 8, w.w >> 8};
     return w;
   }
@@ -95,76 +120,78 @@ struct RawSide {
   }
 };
 
-// Warp w expands the keys of token tile w.
 template <int kDim, int kBits, int kStep = 0>
-__device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t keys, int tile,
+__device__ __forceinline__ void ExpandKeySteps(uint32_t raw, int tiles, uint32_t out,
                                                const uint32_t (&scale)[2], const uint32_t (&minimum)[2],
-                                               int lane, uint4 w) {
+                                               const ExpandPlace& place, uint4 w) {
   using R = RawSide<kDim, kBits>;
   if constexpr (kStep < R::kSteps) {
     constexpr int kFirst = kStep % R::kShare, kSecond = (kStep + 1) % R::kShare;
-    if (kFirst == 0) w = R::Load(raw, tiles, tile, kStep, lane);
-    const uint4 v = kSecond == 0 ? R::Load(raw, tiles, tile, kStep + 1, lane) : w;
-    const int g = lane >> 2, t = lane & 3;
+    if (kFirst == 0) w = R::Load(raw, tiles, place.token_tile, kStep, place);
+    const uint4 v = kSecond == 0 ? R::Load(raw, tiles, place.token_tile, kStep + 1, place) : w;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 out = {Expand<kBits, kFirst>(h ? w.y : w.x, scale[h], minimum[h]),
-                         Expand<kBits, kFirst>(h ? w.w : w.z, scale[h], minimum[h]),
-                         Expand<kBits, kSecond>(h ? v.y : v.x, scale[h], minimum[h]),
-                         Expand<kBits, kSecond>(h ? v.w : v.z, scale[h], minimum[h])};
-      StoreShared16(
-          keys + KeyOffset(PositionOf(tile * 16 + h * 8 + g), kStep / 4 * 8 + t * 2 + kStep / 2 % 2), out);
+      const auto expand_first = [&](uint32_t word) {
+        return Expand<kBits, kFirst>(word, scale[h], minimum[h], place.f16_1024);
+      };
+      const auto expand_second = [&](uint32_t word) {
+        return Expand<kBits, kSecond>(word, scale[h], minimum[h], place.f16_1024);
+      };
+      // Eight tokens on are two rows on, which have bit 1 set; the second half of a part of 64 channels is
+      // the piece beside the first.
+      StoreShared16((out ^ static_cast<uint32_t>(h * 32 + kStep / 2 % 2 * 16)) +
+                        static_cast<uint32_t>(h * 256 + kStep / 4 * 8192),
+                    {expand_first(h ? w.y : w.x), expand_first(h ? w.w : w.z), expand_second(h ? v.y : v.x),
+                     expand_second(h ? v.w : v.z)});
     }
-    ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, keys, tile, scale, minimum, lane, w);
+    ExpandKeySteps<kDim, kBits, kStep + 2>(raw, tiles, out, scale, minimum, place, w);
   }
 }
 template <int kDim, int kBits>
-__device__ __forceinline__ void ExpandKeys(uint32_t raw, int tiles, uint32_t keys, int thread) {
-  const int lane = thread & 31, tile = thread / 32;
+__device__ __forceinline__ void ExpandKeys(uint32_t raw, int tiles, uint32_t keys, const ExpandPlace& place) {
   uint32_t scale[2] = {}, minimum[2] = {};
   if constexpr (kBits != 16) {
     // (scale, minimum) of tokens g and g + 8.
-    const uint32_t at = RawSide<kDim, kBits>::Meta(raw, tile / 2) + (lane >> 2) * 16 + tile % 2 * 8;
+    const uint32_t at = RawSide<kDim, kBits>::Meta(raw, place.token_tile / 2) + place.meta;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t both = LoadShared4(at + h * 4);
       scale[h] = __byte_perm(both, 0, 0x1010), minimum[h] = __byte_perm(both, 0, 0x3232);
     }
   }
-  ExpandKeySteps<kDim, kBits>(raw, tiles, keys, tile, scale, minimum, lane, {});
+  ExpandKeySteps<kDim, kBits>(raw, tiles, keys + place.out, scale, minimum, place, {});
 }
 
-// Warp w expands the values of token tiles 2 (w % 2) and the next, of the channels in half w / 2 of each
-// channel tile.
 template <int kDim, int kBits, int kStep = 0>
-__device__ __forceinline__ void ExpandValueSteps(uint32_t raw, int tiles, uint32_t values, int pair, int half,
-                                                 const uint4& scale, const uint4& minimum, int lane, uint4 a,
+__device__ __forceinline__ void ExpandValueSteps(uint32_t raw, int tiles, uint32_t out, const uint4& scale,
+                                                 const uint4& minimum, const ExpandPlace& place, uint4 a,
                                                  uint4 b) {
   using R = RawSide<kDim, kBits>;
   if constexpr (kStep < R::kSteps) {
     constexpr int kField = kStep % R::kShare;
     if (kField == 0) {
-      a = R::Load(raw, tiles, 2 * pair, kStep, lane), b = R::Load(raw, tiles, 2 * pair + 1, kStep, lane);
+      a = R::Load(raw, tiles, place.token_tile, kStep, place);
+      b = R::Load(raw, tiles, place.token_tile + 1, kStep, place);
     }
-    const int g = lane >> 2, t = lane & 3;
+    const bool half = place.half != 0;
     // Metadata in the order (tile, h), minima in the order (h, tile).
-    const uint4 out = {Expand<kBits, kField>(half ? a.y : a.x, scale.x, minimum.x),
-                       Expand<kBits, kField>(half ? a.w : a.z, scale.y, minimum.z),
-                       Expand<kBits, kField>(half ? b.y : b.x, scale.z, minimum.y),
-                       Expand<kBits, kField>(half ? b.w : b.z, scale.w, minimum.w)};
-    StoreShared16(values + ValueOffset(kStep * 16 + half * 8 + g, t * 2 + pair), out);
-    ExpandValueSteps<kDim, kBits, kStep + 1>(raw, tiles, values, pair, half, scale, minimum, lane, a, b);
+    StoreShared16(out + kStep * 2048,
+                  {Expand<kBits, kField>(half ? a.y : a.x, scale.x, minimum.x, place.f16_1024),
+                   Expand<kBits, kField>(half ? a.w : a.z, scale.y, minimum.z, place.f16_1024),
+                   Expand<kBits, kField>(half ? b.y : b.x, scale.z, minimum.y, place.f16_1024),
+                   Expand<kBits, kField>(half ? b.w : b.z, scale.w, minimum.w, place.f16_1024)});
+    ExpandValueSteps<kDim, kBits, kStep + 1>(raw, tiles, out, scale, minimum, place, a, b);
   }
 }
 template <int kDim, int kBits>
-__device__ __forceinline__ void ExpandValues(uint32_t raw, int tiles, uint32_t values, int thread) {
-  const int warp = thread / 32, pair = warp % 2, t = thread & 3;
+__device__ __forceinline__ void ExpandValues(uint32_t raw, int tiles, uint32_t values,
+                                             const ExpandPlace& place) {
   uint4 scale = {}, minimum = {};
   if constexpr (kBits != 16) {
-    const uint32_t at = RawSide<kDim, kBits>::Meta(raw, pair) + t * 16;
+    const uint32_t at = RawSide<kDim, kBits>::Meta(raw, place.token_tile / 2) + place.meta;
     scale = LoadShared16(at), minimum = LoadShared16(at + 64);
   }
-  ExpandValueSteps<kDim, kBits>(raw, tiles, values, pair, warp / 2, scale, minimum, thread & 31, {}, {});
+  ExpandValueSteps<kDim, kBits>(raw, tiles, values + place.out, scale, minimum, place, {}, {});
 }
 
 // The blocks of kPaper, element by element.
@@ -235,36 +262,28 @@ __device__ __forceinline__ void RowsToValues(uint32_t rows, int count, uint32_t 
   }
 }
 
-// One side of a block, whatever its format; `tiles`: its capacity in tiles of 16 tokens; `thread`: which of
-// the warpgroup this is.
-template <int kDim>
-__device__ __forceinline__ void ExpandKeysOf(Codec codec, int bits, uint32_t raw, int tiles, uint32_t keys,
-                                             int thread) {
-  if (bits < 8 && codec == Codec::kPaper) {
-    ExpandPaper<kDim>(raw, bits, Side::kK, keys, thread);
-  } else if (bits == 2) {
-    ExpandKeys<kDim, 2>(raw, tiles, keys, thread);
-  } else if (bits == 4) {
-    ExpandKeys<kDim, 4>(raw, tiles, keys, thread);
-  } else if (bits == 8) {
-    ExpandKeys<kDim, 8>(raw, tiles, keys, thread);
+// One side of a block, whatever its format; `tiles`: its capacity in tiles of 16 tokens.
+template <int kDim, Side kSide, int kBits>
+__device__ __forceinline__ void ExpandSide(uint32_t raw, int tiles, uint32_t to, const ExpandPlace& place) {
+  if constexpr (kSide == Side::kK) {
+    ExpandKeys<kDim, kBits>(raw, tiles, to, place);
   } else {
-    ExpandKeys<kDim, 16>(raw, tiles, keys, thread);
+    ExpandValues<kDim, kBits>(raw, tiles, to, place);
   }
 }
-template <int kDim>
-__device__ __forceinline__ void ExpandValuesOf(Codec codec, int bits, uint32_t raw, int tiles,
-                                               uint32_t values, int thread) {
+template <int kDim, Side kSide>
+__device__ __forceinline__ void ExpandSide(Codec codec, int bits, uint32_t raw, int tiles, uint32_t to,
+                                           const ExpandPlace& place) {
   if (bits < 8 && codec == Codec::kPaper) {
-    ExpandPaper<kDim>(raw, bits, Side::kV, values, thread);
+    ExpandPaper<kDim>(raw, bits, kSide, to, place.thread);
   } else if (bits == 2) {
-    ExpandValues<kDim, 2>(raw, tiles, values, thread);
+    ExpandSide<kDim, kSide, 2>(raw, tiles, to, place);
   } else if (bits == 4) {
-    ExpandValues<kDim, 4>(raw, tiles, values, thread);
+    ExpandSide<kDim, kSide, 4>(raw, tiles, to, place);
   } else if (bits == 8) {
-    ExpandValues<kDim, 8>(raw, tiles, values, thread);
+    ExpandSide<kDim, kSide, 8>(raw, tiles, to, place);
   } else {
-    ExpandValues<kDim, 16>(raw, tiles, values, thread);
+    ExpandSide<kDim, kSide, 16>(raw, tiles, to, place);
   }
 }
 

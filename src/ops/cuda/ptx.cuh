@@ -68,7 +68,45 @@ __device__ __forceinline__ void BulkLoad(uint32_t shared, const void* global, ui
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
 }
-// The other way; one thread starts copies and waits until all of its have been written.
+
+// Clusters of thread blocks: the shared memory of each is addressed by 32 bits of their own kind.
+__device__ __forceinline__ int BlockOfCluster() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Where block `rank` has what is at `shared` in the calling one.
+__device__ __forceinline__ uint32_t SharedOfBlock(uint32_t shared, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void ClusterSync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// A barrier of any block of the cluster, at its address as SharedOfBlock gives it.
+__device__ __forceinline__ void BarrierArriveAtBlock(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// From this block's shared memory to another's, where it completes on a barrier.
+__device__ __forceinline__ void CopyToBlock(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// From global memory to the same place in the blocks of a cluster that are bits of `blocks`; completes on the
+// barrier at the same place in each.
+__device__ __forceinline__ void BulkLoadToBlocks(uint32_t shared, const void* global, uint32_t bytes,
+                                                 uint32_t barrier, int blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+// From shared to global memory; one thread starts copies and waits until all of its have been written.
 __device__ __forceinline__ void BulkStore(void* global, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared),
                "r"(bytes)
