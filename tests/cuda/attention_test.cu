@@ -150,10 +150,14 @@ CASE(PrefillSizes) {
   Check("2 rows after 131000", Geometry(128, 2), 16, {RandomSequence(131000, kEven, random, 2)});
 }
 
-// More than memory has room for: 64 MiB (2,048 tiles of 128 channels) where there are items enough, else 512.
-CASE(PrefillPasses) {
-  if (SmallSizes()) return;  // a pass is like another
+// More items than run at a time, of sequences that differ.
+CASE(PrefillManyItems) {
   std::mt19937 random(NextSeed());
+  if (SmallSizes()) {
+    Check("300 rows after 100, 70 after 200", Geometry(128, 8), 64,
+          {RandomSequence(100, kEven, random, 300), RandomSequence(200, kEven, random, 70)});
+    return;
+  }
   Check("1000 rows after 33000, 500 after 20000", Geometry(128, 8), 64,
         {RandomSequence(33000, kEven, random, 1000), RandomSequence(20000, kEven, random, 500),
          RandomSequence(100, kEven, random, 2)});

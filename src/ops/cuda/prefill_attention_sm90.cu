@@ -334,9 +334,9 @@ class Consumer {
                                        uint32_t (&next)[4][4]) {
     const bool mask = NeedsMask(item, tile);
     WaitFor(kKeySide, keys_);
-    WaitFor(kValueSide, values_);
     NamedBarrierSync<256>(kTurn + warpgroup_);
     MultiplyKeys();
+    WaitFor(kValueSide, values_);
     MultiplyValues(now);
     NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
     WgmmaWait<1>();
