@@ -185,7 +185,7 @@ void SweepSplits(const RandomStep& step, const KvGeometry& geometry, int num_hea
                             .table = table.data<KvBlockRef>(),
                             .items = items.data<DecodeItem>(),
                             .counters = counters.data<int>(),
-                            .partial_out = out.data<float>(),
+                            .partial_out = out.data<uint32_t>(),
                             .partial_sums = sums.data<float2>()},
                            geometry.head_dim, machine.blocks, stream);
         }

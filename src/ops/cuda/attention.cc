@@ -100,7 +100,7 @@ struct Attention::State {
       const int items = MaxItems(g, heads, machine, limits.sequences);
       decode_list = std::make_unique<DecodeList>(limits.blocks, items, machine.blocks);
       const auto slots = static_cast<size_t>(items);
-      partial_out.Reserve(slots * kItemHeads * static_cast<size_t>(g.head_dim) * sizeof(float));
+      partial_out.Reserve(slots * kItemHeads * static_cast<size_t>(g.head_dim) * sizeof(uint16_t));
       partial_sums.Reserve(slots * kItemHeads * sizeof(float2));
       const size_t counter_bytes = (slots + 1) * sizeof(int);
       CUDA_OK(cudaMemset(counters.Reserve(counter_bytes), 0, counter_bytes));
@@ -151,7 +151,7 @@ void Attention::RunDecode(const LayerAttention& layer, cudaStream_t stream) {
                     .table = s.decode_list->table(),
                     .items = s.decode_list->items(),
                     .counters = s.counters.data<int>(),
-                    .partial_out = s.partial_out.data<float>(),
+                    .partial_out = s.partial_out.data<uint32_t>(),
                     .partial_sums = s.partial_sums.data<float2>()},
                    s.geometry.head_dim, s.machine.blocks, stream);
 }

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kWarps = kDecodeWarps, kThreads = kWarps * 32, kStages = 3;
 
-// Shared memory: queries, constants, the queue's next item, then the stages; after the stages of an item, in
-// their place, what the warps merge.
+// Shared memory: queries, constants, the row's own token, the queue's next item, then the stages; after the
+// stages of an item, in their place, what the warps merge.
 template <int kDim>
 struct SharedLayout {
   static constexpr int kStageBytes = Piece<kDim, 2>::kBytes * 2;  // K and V of k2v2, or a side of the others
@@ -25,8 +25,10 @@ struct SharedLayout {
                 Piece<kDim, 16>::kBytes <= kStageBytes);
   static constexpr int kQueries = 0;
   static constexpr int kConstants = kQueries + kDim * 16;  // 64 bytes of zeros, 64 bytes of FP16 ones
-  static constexpr int kNext = kConstants + 128;
-  static constexpr int kStageMemory = kNext + 128;
+  static constexpr int kOwnValue = kConstants + 128;       // BF16
+  static constexpr int kOwnLogits = kOwnValue + kDim * 2;  // base 2, of each head
+  static constexpr int kNext = kOwnLogits + kItemHeads * 4;
+  static constexpr int kStageMemory = (kNext + 8 + 127) / 128 * 128;
   static constexpr int kBarriers =
       kStageMemory + kWarps * kStages * kStageBytes;  // 16 bytes: mbarrier, token count
   static constexpr int kBytes = kBarriers + kWarps * kStages * 16;
@@ -48,7 +50,7 @@ enum PieceFormat : uint32_t { kPiece2 = 0, kPiece42, kPiece4, kPiece8, kPiece16 
 // What an item says of its pieces. Read again where it is needed: kept, it would take registers from the
 // products.
 struct ItemPieces {
-  int kv_head, table, end2, end42, end4, end8, end16;
+  int kv_head, table, end2, end42, end4, end8, end16, split;
 };
 __device__ __forceinline__ int4 LoadAgain(const int4* p) {
   int4 v;
@@ -59,7 +61,7 @@ __device__ __forceinline__ int4 LoadAgain(const int4* p) {
 }
 __device__ __forceinline__ ItemPieces LoadPieces(const int4* words) {
   const int4 a = LoadAgain(words), b = LoadAgain(words + 1), c = LoadAgain(words + 2);
-  return {static_cast<int16_t>(a.y), b.x, b.y, b.z, b.w, c.x, c.y};
+  return {static_cast<int16_t>(a.y), b.x, b.y, b.z, b.w, c.x, c.y, c.z};
 }
 
 // Butterflies over a head that lies in the lanes of a warp, kPer channels each (lane * kPer + i): its
@@ -95,27 +97,11 @@ struct Lanes {  // kPer consecutive floats of a head
       v[0] = x.x, v[1] = x.y;
     }
   }
-  __device__ __forceinline__ void LoadGlobal(const float* p) {  // past L1: another thread block wrote it
-    if constexpr (kPer == 4) {
-      const float4 x = __ldcg(reinterpret_cast<const float4*>(p));
-      v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
-    } else {
-      const float2 x = __ldcg(reinterpret_cast<const float2*>(p));
-      v[0] = x.x, v[1] = x.y;
-    }
-  }
   __device__ __forceinline__ void LoadBf16(const uint16_t* p) {
 #pragma unroll
     for (int i = 0; i < kPer; i += 2) {
       const float2 x = UnpackBf16(*reinterpret_cast<const uint32_t*>(p + i));
       v[i] = x.x, v[i + 1] = x.y;
-    }
-  }
-  __device__ __forceinline__ void StoreGlobal(float* p) const {
-    if constexpr (kPer == 4) {
-      __stcg(reinterpret_cast<float4*>(p), make_float4(v[0], v[1], v[2], v[3]));
-    } else {
-      __stcg(reinterpret_cast<float2*>(p), make_float2(v[0], v[1]));
     }
   }
   __device__ __forceinline__ void Add(float factor, const Lanes& x) {
@@ -133,21 +119,69 @@ struct Lanes {  // kPer consecutive floats of a head
   }
 };
 
-// What one item asks for, in registers.
-struct Item {
-  int row, kv_head, first_head, heads, items, split, splits, slot, counter;
+// The like in FP16: what a split leaves for the one that merges.
+template <int kPer>
+struct Partial {
+  uint32_t words[kPer / 2] = {};
+  __device__ __forceinline__ Partial() {}
+  __device__ __forceinline__ Partial(const Lanes<kPer>& x, float factor) {
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      words[i / 2] = PackF16Saturating(x.v[i] * factor, x.v[i + 1] * factor);
+    }
+  }
+  __device__ __forceinline__ void Load(const uint32_t* p) {  // past L1: another thread block wrote it
+    if constexpr (kPer == 4) {
+      const uint2 x = __ldcg(reinterpret_cast<const uint2*>(p));
+      words[0] = x.x, words[1] = x.y;
+    } else {
+      words[0] = __ldcg(p);
+    }
+  }
+  __device__ __forceinline__ void Store(uint32_t* p) const {
+    if constexpr (kPer == 4) {
+      __stcg(reinterpret_cast<uint2*>(p), make_uint2(words[0], words[1]));
+    } else {
+      __stcg(p, words[0]);
+    }
+  }
+  __device__ __forceinline__ Lanes<kPer> Floats() const {
+    Lanes<kPer> x;
+#pragma unroll
+    for (int i = 0; i < kPer; i += 2) {
+      const float2 pair = UnpackF16(words[i / 2]);
+      x.v[i] = pair.x, x.v[i + 1] = pair.y;
+    }
+    return x;
+  }
 };
 
-// Queries of the item's heads, as B fragments of two steps side by side; missing heads are zero.
+// Whose heads an item is about.
+struct ItemHeads {
+  int row, kv_head, first_head, heads;
+  __device__ __forceinline__ explicit ItemHeads(const int4& words)
+      : row(words.x), kv_head(static_cast<int16_t>(words.y)), first_head(words.y >> 16), heads(words.z) {}
+};
+// The same, and what is to be known when its pieces are done: read again then.
+struct ItemEnd : ItemHeads {
+  int items, split, splits, slot, counter;
+  __device__ __forceinline__ ItemEnd(const int4& a, const int4& c, const int4& d)
+      : ItemHeads(a), items(a.w), split(c.z), splits(c.w), slot(d.x), counter(d.y) {}
+};
+
+// Starts to copy the queries of the item's heads, as B fragments of two steps side by side; missing heads
+// become zero.
 template <int kDim>
-__device__ __forceinline__ void QueriesToShared(const DecodeParams& p, const Item& item, uint32_t shared) {
+__device__ __forceinline__ void QueriesToShared(const DecodeParams& p, const ItemHeads& item,
+                                                uint32_t shared) {
   const uint16_t* q = p.layer.q + item.row * p.layer.q_stride + item.first_head * kDim;
-  for (int x = threadIdx.x; x < kDim * 4; x += kThreads) {
+#pragma unroll
+  for (int i = 0; i < kDim * 4 / kThreads; ++i) {
+    const int x = static_cast<int>(threadIdx.x) + i * kThreads;
     const int word = x & 3, lane = x >> 2 & 31, pair = x >> 7;
     const int channel = (2 * pair + (word >> 1)) * 16 + (word & 1) * 8 + (lane & 3) * 2, head = lane >> 2;
-    uint32_t value = 0;
-    if (head < item.heads) value = *reinterpret_cast<const uint32_t*>(q + head * kDim + channel);
-    StoreShared4(shared + x * 4, value);
+    const bool there = head < item.heads;
+    CopyAsync4(shared + static_cast<uint32_t>(x) * 4, there ? q + head * kDim + channel : q, there ? 4 : 0);
   }
 }
 
@@ -175,33 +209,37 @@ __device__ __forceinline__ float Share(float part, float whole) {
   return part == -INFINITY ? 0.0f : Exp2(part - whole);
 }
 
-// The row's own key and value, which the cache does not have yet, for one of its heads: the logit (base 2)
-// and this lane's channels of the value. Only split 0 counts them.
+// The row's own key and value, which the cache does not have yet: its logit for each head (base 2), by a warp
+// each, and the value. To be read when the warps merge.
 template <int kDim>
-struct OwnToken {
-  static constexpr int kPer = kDim / 32;
-  float logit = -INFINITY;
-  Lanes<kPer> value = {};
-  __device__ __forceinline__ void Load(const DecodeParams& p, const Item& item, int head) {
-    if (item.split != 0 || head >= item.heads) return;
-    const int channel = (threadIdx.x & 31) * kPer;
-    Lanes<kPer> q, k;
-    q.LoadBf16(p.layer.q + item.row * p.layer.q_stride + (item.first_head + head) * kDim + channel);
-    k.LoadBf16(p.layer.k + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
-    value.LoadBf16(p.layer.v + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
-    logit = 0;
+__device__ __forceinline__ void OwnTokenToShared(const DecodeParams& p, const ItemHeads& item,
+                                                 uint8_t* shared) {
+  using L = SharedLayout<kDim>;
+  constexpr int kPer = kDim / 32;
+  const int head = threadIdx.x / 32, lane = threadIdx.x & 31, channel = lane * kPer;
+  if (head >= item.heads) return;
+  Lanes<kPer> q, k;
+  q.LoadBf16(p.layer.q + item.row * p.layer.q_stride + (item.first_head + head) * kDim + channel);
+  k.LoadBf16(p.layer.k + item.row * p.layer.kv_stride + item.kv_head * kDim + channel);
+  if (head == 0) {
+    const uint16_t* v = p.layer.v + item.row * p.layer.kv_stride + item.kv_head * kDim;
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) logit = fmaf(q.v[i], k.v[i], logit);
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) logit += __shfl_xor_sync(~0u, logit, d);
-    logit *= p.scale_log2;
+    for (int i = 0; i < kPer / 2; ++i) {
+      reinterpret_cast<uint32_t*>(shared + L::kOwnValue)[lane + 32 * i] =
+          reinterpret_cast<const uint32_t*>(v)[lane + 32 * i];
+    }
   }
-};
+  float logit = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) logit = fmaf(q.v[i], k.v[i], logit);
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) logit += __shfl_xor_sync(~0u, logit, d);
+  if (lane == 0) reinterpret_cast<float*>(shared + L::kOwnLogits)[head] = logit * p.scale_log2;
+}
 
 // Merges the warps of an item, and the row's own token in split 0. A warp has one head.
 template <int kDim>
-__device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& item, const OwnToken<kDim>& own,
-                                           uint8_t* shared) {
+__device__ __forceinline__ void MergeWarps(const DecodeParams& p, const ItemEnd& item, uint8_t* shared) {
   using L = SharedLayout<kDim>;
   constexpr int kPer = kDim / 32;
   const int lane = threadIdx.x & 31, channel = lane * kPer;
@@ -210,7 +248,9 @@ __device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& it
     const auto* sums = reinterpret_cast<const float2*>(shared + L::kMergeSums) + head;
     const auto* outs = reinterpret_cast<const float*>(shared + L::kMergeOut) + head * L::kRow + channel;
     const int64_t at = int64_t{item.row} * p.num_heads + item.first_head + head;
-    float max = own.logit;
+    const bool own = item.split == 0;
+    const float logit = own ? reinterpret_cast<const float*>(shared + L::kOwnLogits)[head] : -INFINITY;
+    float max = logit;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) max = fmaxf(max, sums[w * kItemHeads].x);
     float sum = 0;
@@ -225,14 +265,19 @@ __device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& it
       out.Add(share, x);
       sum = fmaf(share, part.y, sum);
     }
-    const float own_share = Share(own.logit, max);
-    out.Add(own_share, own.value);
-    sum += own_share;
+    if (own) {
+      Lanes<kPer> value;
+      value.LoadBf16(reinterpret_cast<const uint16_t*>(shared + L::kOwnValue) + channel);
+      const float share = Share(logit, max);
+      out.Add(share, value);
+      sum += share;
+    }
     if (item.splits == 1) {
       out.StoreOutput(1.0f / sum, p.layer.out + at * kDim + channel);
     } else {
       const int slot = item.slot + item.split;
-      out.StoreGlobal(p.partial_out + (int64_t{slot} * kItemHeads + head) * kDim + channel);
+      Partial<kPer>(out, sum > 0 ? 1.0f / sum : 0.0f)
+          .Store(p.partial_out + ((int64_t{slot} * kItemHeads + head) * kDim + channel) / 2);
       if (lane == 0) __stcg(p.partial_sums + slot * kItemHeads + head, make_float2(max, sum));
     }
   }
@@ -240,7 +285,7 @@ __device__ __forceinline__ void MergeWarps(const DecodeParams& p, const Item& it
 
 // The last of a row's splits merges them all.
 template <int kDim>
-__device__ __forceinline__ void MergeSplits(const DecodeParams& p, const Item& item, uint8_t* shared) {
+__device__ __forceinline__ void MergeSplits(const DecodeParams& p, const ItemEnd& item, uint8_t* shared) {
   using L = SharedLayout<kDim>;
   constexpr int kPer = kDim / 32;
   const int lane = threadIdx.x & 31, channel = lane * kPer;
@@ -255,6 +300,18 @@ __device__ __forceinline__ void MergeSplits(const DecodeParams& p, const Item& i
   __syncthreads();
   if (!*last) return;
   if (const int head = threadIdx.x / 32; head < item.heads) {
+    // The partial outputs come in batches, the first of them while the shares are computed.
+    constexpr int kBatch = 18;
+    Partial<kPer> batch[kBatch];
+    const uint32_t* outs = p.partial_out + ((int64_t{item.slot} * kItemHeads + head) * kDim + channel) / 2;
+    const auto load = [&](int first) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        batch[i] = {};  // else its registers would be taken for used throughout the item
+        if (first + i < item.splits) batch[i].Load(outs + int64_t{first + i} * kItemHeads * kDim / 2);
+      }
+    };
+    load(0);
     // Up to 64 splits: two a lane.
     const float2* sums = p.partial_sums + item.slot * kItemHeads + head;
     float2 part[2];
@@ -266,17 +323,21 @@ __device__ __forceinline__ void MergeSplits(const DecodeParams& p, const Item& i
     float max = fmaxf(part[0].x, part[1].x);
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, d));
-    const float share[2] = {Share(part[0].x, max), Share(part[1].x, max)};
-    float sum = share[0] * part[0].y + share[1] * part[1].y;
+    const float share[2] = {Share(part[0].x, max) * part[0].y, Share(part[1].x, max) * part[1].y};
+    float sum = share[0] + share[1];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     Lanes<kPer> out = {};
-    const float* outs = p.partial_out + (int64_t{item.slot} * kItemHeads + head) * kDim + channel;
-#pragma unroll 8
-    for (int split = 0; split < item.splits; ++split) {
-      Lanes<kPer> x;
-      x.LoadGlobal(outs + int64_t{split} * kItemHeads * kDim);
-      out.Add(__shfl_sync(~0u, split < 32 ? share[0] : share[1], split & 31), x);
+    for (int first = 0;;) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int split = first + i;
+        if (split >= item.splits) break;
+        out.Add(__shfl_sync(~0u, split < 32 ? share[0] : share[1], split & 31), batch[i].Floats());
+      }
+      first += kBatch;
+      if (first >= item.splits) break;
+      load(first);
     }
     const int64_t at = int64_t{item.row} * p.num_heads + item.first_head + head;
     out.StoreOutput(1.0f / sum, p.layer.out + at * kDim + channel);
@@ -318,6 +379,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
   for (int index = static_cast<int>(blockIdx.x);;) {
     const auto* words = reinterpret_cast<const int4*>(p.items + index);
     const int4 a = words[0];
+    const ItemPieces pieces = LoadPieces(words);
     if (a.z == 0) {
       if (first_item) WaitForPrevious();  // so that this kernel does not end before the previous one
       return;
@@ -329,8 +391,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
     // Each lane knows where one of the next 32 pieces lies.
     uint64_t address = 0;
     int address_base = 0;
-    const auto load_addresses = [&](int first) {
-      const ItemPieces of = LoadPieces(words);
+    const auto load_addresses = [&](int first, const ItemPieces& of) {
       const int k = first + lane, piece = warp + kWarps * k;
       address = 0;
       if (piece >= of.end16) return;
@@ -367,8 +428,11 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       address |= format | static_cast<uint64_t>((capacity - 1) / 16) << PieceAddress::kCapacityBit |
                  static_cast<uint64_t>(tokens) << PieceAddress::kTokensBit;
     };
-    load_addresses(0);
-    const ItemPieces pieces = LoadPieces(words);
+    // Queries and what is written here may be of the previous kernel; blocks of the cache are older.
+    const bool wait_for_previous = first_item && p.layer.overlap;
+    first_item = false;
+    if (!wait_for_previous) QueriesToShared<kDim>(p, ItemHeads(a), base + L::kQueries);
+    load_addresses(0, pieces);
     const int my2 = mine(pieces.end2), my_end = mine(pieces.end16);
 
     // Fills a stage: stage number `number` of the item is a whole piece of k2v2, or one side of another.
@@ -377,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       if (k >= my_end) return;
       if (k - address_base >= 32) {
         address_base = k;
-        load_addresses(k);
+        load_addresses(k, LoadPieces(words));
       }
       uint64_t from = __shfl_sync(~0u, address, k - address_base);
       if (lane != 0) return;
@@ -414,11 +478,12 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }
 
-    // Blocks of the cache are older than the previous kernel; queries and what is written here are not.
-    if (first_item) WaitForPrevious();
-    first_item = false;
-    Item item = {.row = a.x, .kv_head = static_cast<int16_t>(a.y), .first_head = a.y >> 16, .heads = a.z};
-    QueriesToShared<kDim>(p, item, base + L::kQueries);
+    if (wait_for_previous) {
+      WaitForPrevious();
+      QueriesToShared<kDim>(p, ItemHeads(a), base + L::kQueries);
+    }
+    if (pieces.split == 0) OwnTokenToShared<kDim>(p, ItemHeads(a), shared);
+    WaitForAsyncCopies();
     __syncthreads();
 
     Accumulator<kDim> acc;
@@ -487,13 +552,10 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       work.template operator()<Side16, Side16>(my_end);
     }
 
-    const int4 d = words[2], e = words[3];
-    item.items = words[0].w, item.split = d.z, item.splits = d.w, item.slot = e.x, item.counter = e.y;
+    const ItemEnd item(LoadAgain(words), LoadAgain(words + 2), LoadAgain(words + 3));
     const bool queue = item.items > static_cast<int>(gridDim.x);
     int taken = 0;
     if (queue && threadIdx.x == 0) taken = atomicAdd(p.counters, 1);
-    OwnToken<kDim> own;
-    own.Load(p, item, warp);
     __syncthreads();  // nobody reads the stages any more
     StoreForMerge<kDim>(acc, shared, warp);
     __syncthreads();
@@ -501,7 +563,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocksPerSm)
       if (taken == item.items - 1) *p.counters = 0;
       StoreShared4(base + L::kNext, static_cast<uint32_t>(taken) + gridDim.x);
     }
-    MergeWarps<kDim>(p, item, own, shared);
+    MergeWarps<kDim>(p, item, shared);
     if (item.splits > 1) MergeSplits<kDim>(p, item, shared);
     if (!queue) return;
     FenceProxyAsync();  // the next copies go where the warps have merged

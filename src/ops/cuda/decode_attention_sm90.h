@@ -19,9 +19,9 @@ struct DecodeParams {
   float scale_log2 = 0;  // layer.scale * log2(e)
   const KvBlockRef* table = nullptr;
   const DecodeItem* items = nullptr;  // ends with as many empty ones as thread blocks
-  int* counters = nullptr;         // zero before the first launch, and left zero; [0] counts the items taken
-  float* partial_out = nullptr;    // [slots][8][head_dim]
-  float2* partial_sums = nullptr;  // [slots][8]: maximum of the logits (base 2), sum of 2^(logit - maximum)
+  int* counters = nullptr;          // zero before the first launch, and left zero; [0] counts the items taken
+  uint32_t* partial_out = nullptr;  // [slots][8][head_dim / 2] pairs of FP16, divided by the sum
+  float2* partial_sums = nullptr;   // [slots][8]: maximum of the logits (base 2), sum of 2^(logit - maximum)
 };
 
 // Codec kRotated; head_dim 64 or 128; `blocks` thread blocks.

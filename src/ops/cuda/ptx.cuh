@@ -33,6 +33,14 @@ __device__ __forceinline__ void StoreShared16(uint32_t address, const uint4& v) 
                : "memory");
 }
 
+// From global to shared memory without a stop: `bytes` of 4, then zeros; until the thread waits for all of
+// its own.
+__device__ __forceinline__ void CopyAsync4(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void WaitForAsyncCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // mbarriers and bulk copies.
 __device__ __forceinline__ void BarrierInit(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
