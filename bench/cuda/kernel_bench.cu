@@ -169,7 +169,7 @@ void SweepSplits(const RandomStep& step, const KvGeometry& geometry, int num_hea
     plan.items.resize(plan.items.size() + static_cast<size_t>(machine.blocks));
     const DeviceBuffer table = ToDevice(plan.table), items = ToDevice(plan.items);
     DeviceBuffer counters(4 * static_cast<size_t>(plan.counters + 1)),
-        out(static_cast<size_t>(plan.slots + 1) * 8 * 128 * 4),
+        out(static_cast<size_t>(plan.slots + 1) * 8 * 128 * 2),
         sums(static_cast<size_t>(plan.slots + 1) * 8 * 8);
     CUDA_OK(cudaMemset(counters.data(), 0, counters.size()));
     double us[2];

@@ -92,7 +92,9 @@ __device__ __forceinline__ uint32_t SharedOfBlock(uint32_t shared, int rank) {
 __device__ __forceinline__ void ClusterSync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// A barrier of any block of the cluster, at its address as SharedOfBlock gives it.
+// At a barrier of any block of the cluster, at its address as SharedOfBlock gives it. Without the cluster's
+// scope, which costs a fence of all memory: for telling that reads have ended, not that something was
+// written.
 __device__ __forceinline__ void BarrierArriveAtBlock(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
