@@ -138,6 +138,99 @@ void CopyValues(const uint32_t* from, int tokens, int head_dim, uint32_t* to) {
   std::fill(to, end, 0u);
 }
 
+// FP8 bytes (E4M3), one in each 16-bit lane, to BF16, exact.
+inline __attribute__((always_inline)) __m512i Fp8ToBf16(__m512i bytes) {
+  const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi16(0x7f));
+  const __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(bytes, magnitude), 8);
+  // Exponents are apart by 120; the first eight, multiples of 2^-9, have none.
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  alignas(64) static constexpr uint16_t kSmall[32] = {0,      0x3b00, 0x3b80, 0x3bc0,
+                                                      0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+  return _mm512_or_si512(sign,
+                         _mm512_mask_permutexvar_epi16(normal, small, magnitude, _mm512_load_si512(kSmall)));
+}
+
+// What the codes of a side are taken to be: less than themselves, so that they lie about zero.
+constexpr float Centre(int bits) { return bits == 2 ? 1.5f : bits == 4 ? 7.5f : 0.0f; }
+
+// The codes of a side to the right side of a product, as PackRowPairs has it, exact: code - Centre, or an FP8
+// value before its scale.
+template <int kBits>
+void UnpackCodes(const uint8_t* codes, int depths, int lanes, uint32_t* to) {
+  constexpr int kFields = 8 / kBits;  // of a byte: lanes 16 apart
+  // BF16 of code - Centre, by code.
+  alignas(64) static constexpr uint16_t kTwo[32] = {0xbfc0, 0xbf00, 0x3f00, 0x3fc0};
+  alignas(64) static constexpr uint16_t kFour[32] = {0xc0f0, 0xc0d0, 0xc0b0, 0xc090, 0xc060, 0xc020,
+                                                     0xbfc0, 0xbf00, 0x3f00, 0x3fc0, 0x4020, 0x4060,
+                                                     0x4090, 0x40b0, 0x40d0, 0x40f0};
+  const __m512i table = _mm512_load_si512(kBits == 2 ? kTwo : kFour);
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
+  // The bytes of two of a word's four depths, apart.
+  const __m512i first =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
+  const __m512i second =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
+  const auto bf16 = [&](__m512i indices) {
+    if constexpr (kBits == 8) return Fp8ToBf16(indices);
+    return _mm512_permutexvar_epi16(indices, table);
+  };
+  for (int depth = 0; depth < depths; depth += 4, to += 2 * lanes) {
+    for (int lane = 0; lane < lanes; lane += 16 * kFields, codes += 64) {
+      __m512i words = _mm512_loadu_si512(codes);
+      for (int f = 0; f < kFields; ++f) {
+        const __m512i bytes = kBits == 8 ? words : _mm512_and_si512(words, mask);
+        uint32_t* at = to + lane + 16 * f;
+        _mm512_store_si512(at, bf16(_mm512_shuffle_epi8(bytes, first)));
+        _mm512_store_si512(at + lanes, bf16(_mm512_shuffle_epi8(bytes, second)));
+        words = _mm512_srli_epi16(words, kBits % 8);
+      }
+    }
+  }
+}
+void UnpackCodes(int bits, const uint8_t* codes, int depths, int lanes, uint32_t* to) {
+  if (bits == 2) {
+    UnpackCodes<2>(codes, depths, lanes, to);
+  } else if (bits == 4) {
+    UnpackCodes<4>(codes, depths, lanes, to);
+  } else {
+    UnpackCodes<8>(codes, depths, lanes, to);
+  }
+}
+
+// The scale of each of 64 tokens, and its value at the centre of its codes, both times `unit`; zero past
+// `tokens`.
+void ReadFactors(const KvGeometry& g, int bits, const uint8_t* side, int tokens, float unit,
+                 TokenFactors& factors) {
+  const uint8_t* scales = side + CodeBytes(g, bits);
+  const __m512 centre = _mm512_set1_ps(Centre(bits));
+  for (int t = 0; t < kBlockTokens; t += 16) {
+    const auto load = [&](int place) {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 2 * (place + t)));
+      return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(unit));
+    };
+    const auto valid = static_cast<__mmask16>(tokens >= t + 16 ? 0xffff : (1 << std::max(tokens - t, 0)) - 1);
+    const __m512 scale = _mm512_maskz_mov_ps(valid, load(0));
+    const __m512 minimum = bits == 8 ? _mm512_setzero_ps() : _mm512_maskz_mov_ps(valid, load(kBlockTokens));
+    _mm512_store_ps(factors.scale + t, scale);
+    _mm512_store_ps(factors.offset + t, _mm512_fmadd_ps(centre, scale, minimum));
+  }
+}
+
+// For weights that are multiplied by the scales of values before they are rounded: what a rounded one counts
+// in the sum of weights, and in that of offsets.
+void CountRounded(const TokenFactors& values, RoundedFactors& rounded) {
+  for (int t = 0; t < kBlockTokens; t += 16) {
+    // Of a token that is the same in all channels the codes do not count; below any other scale, far above
+    // what is flushed to zero.
+    const __m512 scale = _mm512_max_ps(_mm512_load_ps(values.scale + t), _mm512_set1_ps(0x1p-90f));
+    const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), scale);
+    _mm512_store_ps(rounded.scale + t, scale);
+    _mm512_store_ps(rounded.weight + t, inverse);
+    _mm512_store_ps(rounded.offset + t, _mm512_mul_ps(_mm512_load_ps(values.offset + t), inverse));
+  }
+}
+
 // Tiles 0 to 3 += a tile of the left side times the four tiles side by side of a right side whose rows lie
 // `stride` bytes apart.
 inline __attribute__((always_inline)) void MultiplyAdd(const uint16_t (*left)[32], const uint32_t* right,
@@ -205,36 +298,86 @@ inline __attribute__((always_inline)) __m512 Exp2(__m512 x) {
   return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 }
 
-// Scores of the first `limit` tokens, times `scale`, to BF16 weights, zero for the rest; updates top and the
-// lanes of sum, which counts weights as rounded. Returns what `out` must be multiplied by.
-inline __attribute__((always_inline)) float SoftmaxRow(int limit, float scale, const float* scores,
-                                                       float& top, float* sum, uint16_t* low,
-                                                       uint16_t* high) {
-  const uint64_t valid = limit >= kBlockTokens ? ~uint64_t{0} : (uint64_t{1} << limit) - 1;
-  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 x[4];
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_mask_load_ps(nothing, static_cast<__mmask16>(valid >> (16 * i)), scores + 16 * i);
-    x[i] = _mm512_mul_ps(x[i], _mm512_set1_ps(scale));
+// What is kept of a query row: weights are 2^(score - top); their sum, and that of weight times offset, lane
+// by lane.
+struct RowSums {
+  float& top;
+  float* sum;
+  float* offset;
+};
+
+// x: scores (base 2), of which the first `limit` count. Raises the row's top if it must, and multiplies the
+// sums (that of weights goes to `total`) by what is returned, for `out`. Leaves x - top in x, -infinity for
+// the rest.
+inline __attribute__((always_inline)) float RaiseTop(int limit, RowSums row, __m512 (&x)[4], __m512& total) {
+  if (limit < kBlockTokens) {
+    const uint64_t valid = (uint64_t{1} << limit) - 1;
+    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_mask_mov_ps(nothing, static_cast<__mmask16>(valid >> (16 * i)), x[i]);
+    }
   }
   const __m512 largest = _mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3]));
-  __m512 total = _mm512_load_ps(sum);
+  total = _mm512_load_ps(row.sum);
   float keep = 1;
-  if (_mm512_cmp_ps_mask(largest, _mm512_set1_ps(top + kSlack), _CMP_GT_OQ) != 0) {
+  if (_mm512_cmp_ps_mask(largest, _mm512_set1_ps(row.top + kSlack), _CMP_GT_OQ) != 0) {
     const float new_top = _mm512_reduce_max_ps(largest);
-    keep = std::exp2(top - new_top);
+    keep = std::exp2(row.top - new_top);
     total = _mm512_mul_ps(total, _mm512_set1_ps(keep));
-    top = new_top;
+    _mm512_store_ps(row.offset, _mm512_mul_ps(_mm512_load_ps(row.offset), _mm512_set1_ps(keep)));
+    row.top = new_top;
   }
-  const __m512 base = _mm512_set1_ps(top);
-  for (int i = 0; i < 4; ++i) x[i] = Exp2(_mm512_sub_ps(x[i], base));
+  const __m512 base = _mm512_set1_ps(row.top);
+  for (int i = 0; i < 4; ++i) x[i] = _mm512_sub_ps(x[i], base);
+  return keep;
+}
+
+// Products of a query and the first `limit` tokens, times `scale`, to BF16 weights, zero for the rest; sum
+// counts weights as rounded. Returns what `out` must be multiplied by.
+inline __attribute__((always_inline)) float SoftmaxRow(int limit, float scale, const float* products,
+                                                       RowSums row, uint16_t* low, uint16_t* high) {
+  __m512 x[4], total;
+  for (int i = 0; i < 4; ++i) x[i] = _mm512_mul_ps(_mm512_load_ps(products + 16 * i), _mm512_set1_ps(scale));
+  const float keep = RaiseTop(limit, row, x, total);
+  for (int i = 0; i < 4; ++i) x[i] = Exp2(x[i]);
   const __m512i first = RoundToBf16(x[0], x[1]), second = RoundToBf16(x[2], x[3]);
   _mm512_store_si512(low, first);
   _mm512_store_si512(high, second);
   const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
   total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(first), ones);
   total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(second), ones);
-  _mm512_store_ps(sum, total);
+  _mm512_store_ps(row.sum, total);
+  return keep;
+}
+
+// The same where products are with codes: what they stand for comes in here, by way of the scores and of the
+// weights. `query_sum` is that of the query's channels.
+inline __attribute__((always_inline)) float SoftmaxRowOfCodes(int limit, float query_sum,
+                                                              const float* products, const TokenFactors& keys,
+                                                              const RoundedFactors& values, RowSums row,
+                                                              uint16_t* low, uint16_t* high) {
+  __m512 x[4], total;
+  for (int i = 0; i < 4; ++i) {
+    const __m512 added = _mm512_mul_ps(_mm512_load_ps(keys.offset + 16 * i), _mm512_set1_ps(query_sum));
+    x[i] = _mm512_fmadd_ps(_mm512_load_ps(products + 16 * i), _mm512_load_ps(keys.scale + 16 * i), added);
+  }
+  const float keep = RaiseTop(limit, row, x, total);
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_mul_ps(Exp2(x[i]), _mm512_load_ps(values.scale + 16 * i));
+  }
+  const __m512i rounded[2] = {RoundToBf16(x[0], x[1]), RoundToBf16(x[2], x[3])};
+  _mm512_store_si512(low, rounded[0]);
+  _mm512_store_si512(high, rounded[1]);
+  __m512 offset = _mm512_load_ps(row.offset);
+  for (int i = 0; i < 4; ++i) {
+    const __m256i half =
+        i % 2 == 0 ? _mm512_castsi512_si256(rounded[i / 2]) : _mm512_extracti64x4_epi64(rounded[i / 2], 1);
+    const __m512 weight = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    total = _mm512_fmadd_ps(weight, _mm512_load_ps(values.weight + 16 * i), total);
+    offset = _mm512_fmadd_ps(weight, _mm512_load_ps(values.offset + 16 * i), offset);
+  }
+  _mm512_store_ps(row.sum, total);
+  _mm512_store_ps(row.offset, offset);
   return keep;
 }
 
@@ -267,8 +410,10 @@ class AmxItem {
  private:
   // Query vectors past the last are zero: their results are finite and are not read.
   void Begin() {
+    const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
     for (int i = 0; i < tiles_ * kTile; ++i) {
       const int tile = i / kTile, row = i % kTile;
+      __m512 sum = _mm512_setzero_ps();
       for (int c = 0; c < g_.head_dim; c += 32) {
         __m512 a = _mm512_setzero_ps(), b = a;
         if (i < queries_) {
@@ -276,10 +421,14 @@ class AmxItem {
           a = _mm512_loadu_ps(q);
           b = _mm512_loadu_ps(q + 16);
         }
-        _mm512_store_si512(w_.q[tile][c / 32][row], RoundToBf16(a, b));
+        const __m512i rounded = RoundToBf16(a, b);
+        _mm512_store_si512(w_.q[tile][c / 32][row], rounded);
+        sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(rounded), ones);
       }
+      w_.query_sum[tile][row] = _mm512_reduce_add_ps(sum);
       for (int n = 0; n < g_.head_dim / kTile; ++n) std::fill_n(w_.out[tile][n][row], kTile, 0.0f);
       std::fill_n(w_.sum[tile][row], kTile, 0.0f);
+      std::fill_n(w_.offset[tile][row], kTile, 0.0f);
       w_.top[tile][row] = -std::numeric_limits<float>::infinity();
     }
   }
@@ -299,6 +448,16 @@ class AmxItem {
       CopyKeys(key_words, ref.capacity, ref.tokens, g_.head_dim, w_.keys[0]);
       CopyValues(value_words, ref.tokens, g_.head_dim, w_.values[0]);
       return Attend({keys_, 1}, {values_, 1}, ref.tokens, ref.tokens);
+    }
+    if (g_.codec == Codec::kRotated || v_bits == 8) {
+      // A scale and a minimum for each token: the codes are multiplied, exact as they are.
+      UnpackCodes(k_bits, keys, g_.head_dim, kBlockTokens, w_.keys[0]);
+      UnpackCodes(v_bits, values, kBlockTokens, g_.head_dim, w_.values[0]);
+      ReadFactors(g_, k_bits, keys, ref.tokens, scale_, w_.key_factors);
+      TokenFactors value_factors;
+      ReadFactors(g_, v_bits, values, ref.tokens, 1, value_factors);
+      CountRounded(value_factors, w_.value_factors);
+      return Attend<true>({keys_, 1}, {values_, 1}, ref.tokens, ref.tokens);
     }
     // Few codes on a wide range lie far from zero, where BF16 is coarse, and all err in the same direction.
     // What they stand for takes two BF16 numbers.
@@ -322,7 +481,9 @@ class AmxItem {
     }
   }
 
-  // Query i attends to the first min(tokens, first_limit + row of i) of 64 tokens.
+  // Query i attends to the first min(tokens, first_limit + row of i) of 64 tokens; `kCodes`: of unpacked
+  // ones, by the factors in the workspace.
+  template <bool kCodes = false>
   void Attend(std::span<const uint32_t* const> key_parts, std::span<const uint32_t* const> value_parts,
               int tokens, int first_limit) {
     for (int tile = 0; tile < tiles_; ++tile) {
@@ -337,8 +498,13 @@ class AmxItem {
         uint16_t *low = w_.weights[0][row], *high = w_.weights[1][row];
         keep[row] = 1;
         if (limit(row) > 0) {
-          keep[row] =
-              SoftmaxRow(limit(row), scale_, w_.scores[row], w_.top[tile][row], w_.sum[tile][row], low, high);
+          const RowSums sums = {w_.top[tile][row], w_.sum[tile][row], w_.offset[tile][row]};
+          if constexpr (kCodes) {
+            keep[row] = SoftmaxRowOfCodes(limit(row), w_.query_sum[tile][row], w_.scores[row], w_.key_factors,
+                                          w_.value_factors, sums, low, high);
+          } else {
+            keep[row] = SoftmaxRow(limit(row), scale_, w_.scores[row], sums, low, high);
+          }
           moved |= keep[row] != 1;
         } else {
           std::fill_n(low, 32, uint16_t{0});
@@ -363,9 +529,11 @@ class AmxItem {
 
   // The vector of query i times a factor.
   void WriteQuery(int i, float factor, float* to) const {
+    const __m512 offset =
+        _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(w_.offset[i / kTile][i % kTile])));
     for (int c = 0; c < g_.head_dim; c += kTile) {
       const __m512 x = _mm512_load_ps(w_.out[i / kTile][c / kTile][i % kTile]);
-      _mm512_storeu_ps(to + c, _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+      _mm512_storeu_ps(to + c, _mm512_mul_ps(_mm512_add_ps(x, offset), _mm512_set1_ps(factor)));
     }
   }
 
