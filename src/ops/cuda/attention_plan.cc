@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 
+#include "ops/cuda/layout.h"
+
 namespace triaxial::cuda {
 namespace {
 
@@ -35,7 +37,8 @@ int ClassOf(Format format) {
 
 Cost CostOf(const KvBlockRef& block) {
   const auto c = static_cast<size_t>(ClassOf(block.format));
-  const double part = block.format == Format::kBf16 ? ((block.tokens + 15) / 16) / 4.0 : 1.0;
+  const int token_tiles = (block.tokens + kTileTokens - 1) / kTileTokens;
+  const double part = block.format == Format::kBf16 ? token_tiles / 4.0 : 1.0;
   return {kShared[c] * part, kAlone[c] * part};
 }
 
