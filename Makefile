@@ -16,7 +16,7 @@ BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || echo HEAD~)
 help:
 	@echo "make demo       build, then play recorded agent sessions against the server and compare KV formats"
 	@echo "make serve      build, then serve the pocket agent over HTTP; ARGS=\"--port 8000 --model DIR\""
-	@echo "make fidelity   what each KV policy costs in exactness, on plain and hard checkpoints; about half an hour"
+	@echo "make fidelity   what each KV policy costs in exactness, on plain and hard checkpoints; about 20 minutes"
 	@echo "make build      build the one binary, $(BINARY)"
 	@echo "make test       everything that CI runs: format check, all tests, parsers and cache under sanitizers"
 	@echo "make test-unit  the unit tests, in under a minute once built"
