@@ -32,6 +32,13 @@ void AddMeasureFlags(CLI::App* app, MeasureFlags* flags) {
       ->check(CLI::Range(0, 1024));
 }
 
+std::vector<std::string> MetricNames() {
+  std::vector<std::string> names;
+  names.reserve(kAllMetrics.size());
+  for (const Metric metric : kAllMetrics) names.emplace_back(Name(metric));
+  return names;
+}
+
 void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
   app->add_option("--kv-codec", flags->model.kv_codec, "How blocks are quantized")
       ->check(CLI::IsMember({"rotated", "paper"}))
@@ -44,7 +51,7 @@ void AddMethodFlags(CLI::App* app, MeasureFlags* flags) {
          "mse: squared error of the attention output (as published); output: of what o_proj makes of "
          "it; kl: divergence of the next token's distribution, by a pass of the model for every tag "
          "and format (slow)")
-      ->check(CLI::IsMember({"mse", "output", "kl"}))
+      ->check(CLI::IsMember(MetricNames()))
       ->capture_default_str();
   app->add_option(
          "--aggregate", flags->aggregate,
@@ -103,9 +110,9 @@ Result<Measurement> PrepareMeasurement(const MeasureFlags& flags, const std::vec
   SensitivityOptions options;
   options.layers = layers;
   if (layers.empty()) options.layers = SpreadLayers(m.model.config.text.num_layers, flags.layers);
-  options.metric = flags.metric == "kl"       ? Metric::kKl
-                   : flags.metric == "output" ? Metric::kOutput
-                                              : Metric::kMse;
+  for (const Metric metric : kAllMetrics) {
+    if (Name(metric) == flags.metric) options.metric = metric;
+  }
   const std::string aggregate = !flags.aggregate.empty()   ? flags.aggregate
                                 : flags.metric == "output" ? "mean"
                                                            : "max";

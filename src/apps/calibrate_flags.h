@@ -24,6 +24,7 @@ struct MeasureFlags {
   std::string tags_at;    // "": turn, or end for the metric kl
   std::string codec_out;
 };
+std::vector<std::string> MetricNames();
 // --threads, --dtype, --max-conversations, --max-tokens, --seed.
 void AddMeasureFlags(CLI::App* app, MeasureFlags* flags);
 // --kv-codec, --layers, --metric, --aggregate, --tags-at: what a policy's provenance says of a policy.

@@ -23,14 +23,14 @@ Status CheckOnData(Flags* flags, const Policy& policy) {
                            " is a fixed one, without losses to compare; give a policy of triaxial calibrate");
   }
   const Json& from = policy.provenance;
-  const auto set = [&](const char* field, std::initializer_list<const char*> values, std::string* flag) {
+  const auto set = [&](const char* field, const std::vector<std::string>& values, std::string* flag) {
     if (!from.is_object() || !from.contains(field)) return;
-    for (const char* value : values) {
+    for (const std::string& value : values) {
       if (from[field] == value) *flag = value;
     }
   };
   set("codec", {"rotated", "paper"}, &flags->measure.model.kv_codec);
-  set("metric", {"mse", "output", "kl"}, &flags->measure.metric);
+  set("metric", MetricNames(), &flags->measure.metric);
   set("aggregate", {"max", "mean"}, &flags->measure.aggregate);
   set("tags_at", {"end", "turn"}, &flags->measure.tags_at);
   std::vector<int> layers;

@@ -75,7 +75,7 @@ Result<Json> ProvenanceOf(const ServedModel& model, const SensitivityMeter& mete
   const SensitivityOptions& s = meter.options();
   json["codec"] = std::string(Name(meter.model().geometry().codec));
   json["head_dim"] = meter.model().geometry().head_dim;
-  json["metric"] = s.metric == Metric::kKl ? "kl" : s.metric == Metric::kOutput ? "output" : "mse";
+  json["metric"] = std::string(Name(s.metric));
   json["aggregate"] = s.aggregate == Aggregate::kMax ? "max" : "mean";
   json["tags_at"] = s.tags_at == TagTime::kEnd ? "end" : "turn";
   json["layers"] = s.metric == Metric::kKl ? SpreadLayers(meter.model().config().text.num_layers,

@@ -123,6 +123,18 @@ struct SensitivityMeter::Input {
   std::vector<VisualFeatures> features;
 };
 
+std::string_view Name(Metric metric) {
+  switch (metric) {
+    case Metric::kMse:
+      return "mse";
+    case Metric::kOutput:
+      return "output";
+    case Metric::kKl:
+      return "kl";
+  }
+  return "";
+}
+
 std::vector<int> SpreadLayers(int num_layers, int count) {
   if (count <= 0) count = num_layers <= kLayersOfSmallModels ? num_layers : kLayersOfLargeModels;
   count = std::min(count, num_layers);

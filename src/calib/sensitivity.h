@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/status.h"
@@ -26,6 +27,8 @@ enum class Metric : uint8_t {
   kKl,  // KL divergence of the next token's distribution, averaged over the tokens that the model wrote; one
         // pass of the model for each tag and format
 };
+inline constexpr std::array kAllMetrics = {Metric::kMse, Metric::kOutput, Metric::kKl};
+std::string_view Name(Metric metric);            // "mse", "output", "kl"
 enum class Aggregate : uint8_t { kMax, kMean };  // over the heads of a layer
 
 struct SensitivityOptions {

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -138,17 +139,27 @@ void CopyValues(const uint32_t* from, int tokens, int head_dim, uint32_t* to) {
   std::fill(to, end, 0u);
 }
 
+// The first `count` (at most 32) of first, first + step, ..., exact in BF16, to be looked up by
+// permutexvar_epi16.
+struct alignas(64) Bf16Table {
+  uint16_t values[32] = {};
+  constexpr Bf16Table(int count, float step, float first) {
+    for (int i = 0; i < std::min(count, 32); ++i) {
+      values[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(first + static_cast<float>(i) * step) >> 16);
+    }
+  }
+};
+
 // FP8 bytes (E4M3), one in each 16-bit lane, to BF16, exact.
 inline __attribute__((always_inline)) __m512i Fp8ToBf16(__m512i bytes) {
   const __m512i magnitude = _mm512_and_si512(bytes, _mm512_set1_epi16(0x7f));
   const __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(bytes, magnitude), 8);
   // Exponents are apart by 120; the first eight, multiples of 2^-9, have none.
   const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-  alignas(64) static constexpr uint16_t kSmall[32] = {0,      0x3b00, 0x3b80, 0x3bc0,
-                                                      0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  static constexpr Bf16Table kSmall(8, 0x1p-9f, 0);
   const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-  return _mm512_or_si512(sign,
-                         _mm512_mask_permutexvar_epi16(normal, small, magnitude, _mm512_load_si512(kSmall)));
+  return _mm512_or_si512(
+      sign, _mm512_mask_permutexvar_epi16(normal, small, magnitude, _mm512_load_si512(kSmall.values)));
 }
 
 // What the codes of a side are taken to be: less than themselves, so that they lie about zero.
@@ -159,12 +170,8 @@ constexpr float Centre(int bits) { return bits == 2 ? 1.5f : bits == 4 ? 7.5f : 
 template <int kBits>
 void UnpackCodes(const uint8_t* codes, int depths, int lanes, uint32_t* to) {
   constexpr int kFields = 8 / kBits;  // of a byte: lanes 16 apart
-  // BF16 of code - Centre, by code.
-  alignas(64) static constexpr uint16_t kTwo[32] = {0xbfc0, 0xbf00, 0x3f00, 0x3fc0};
-  alignas(64) static constexpr uint16_t kFour[32] = {0xc0f0, 0xc0d0, 0xc0b0, 0xc090, 0xc060, 0xc020,
-                                                     0xbfc0, 0xbf00, 0x3f00, 0x3fc0, 0x4020, 0x4060,
-                                                     0x4090, 0x40b0, 0x40d0, 0x40f0};
-  const __m512i table = _mm512_load_si512(kBits == 2 ? kTwo : kFour);
+  static constexpr Bf16Table kTable(1 << kBits, 1, -Centre(kBits));
+  const __m512i table = _mm512_load_si512(kTable.values);
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
   // The bytes of two of a word's four depths, apart.
   const __m512i first =

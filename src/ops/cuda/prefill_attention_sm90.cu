@@ -24,10 +24,11 @@ constexpr int kExpanders = 2;            // warpgroups
 constexpr int kStages = 2 * kExpanders;  // a multiple: a stage is one warpgroup's
 constexpr int kRawStages = 3;            // of each warpgroup
 constexpr int kThreads = (2 + kExpanders) * 128;
-constexpr int kPair = 2;  // thread blocks of a cluster: the first expands keys, the second values
-constexpr int kKeySide = 0, kValueSide = 1;  // which block of the two fills it
+constexpr int kPair = 2;  // thread blocks of a cluster: the first expands the K side, the second V
 // Hardware barriers: two by which consumers take turns, one of each warpgroup that expands.
 constexpr int kTurn = 1, kExpanded = 3;
+
+__device__ __forceinline__ constexpr int BlockOf(Side side) { return side == Side::kK ? 0 : 1; }
 
 template <int kDim>
 struct SharedLayout {
@@ -42,11 +43,11 @@ struct SharedLayout {
   static constexpr int kRawBlocks = kRawFull + kRaws * 8;  // the word of PrefillBlock after unit_row
   static constexpr int kBytes = kRawBlocks + kRaws * 4;
 
-  __device__ static uint32_t Tile(int side, int stage) {
-    return static_cast<uint32_t>(kTiles + (side * kStages + stage) * kTileBytes);
+  __device__ static uint32_t Tile(Side side, int stage) {
+    return static_cast<uint32_t>(kTiles + (BlockOf(side) * kStages + stage) * kTileBytes);
   }
-  __device__ static uint32_t Full(int side, int stage) {
-    return static_cast<uint32_t>(kFull + (side * kStages + stage) * 8);
+  __device__ static uint32_t Full(Side side, int stage) {
+    return static_cast<uint32_t>(kFull + (BlockOf(side) * kStages + stage) * 8);
   }
 };
 
@@ -124,17 +125,17 @@ __global__ void __launch_bounds__(2 * kExpandThreads) MakeRowTiles(const __grid_
 }
 
 // A warpgroup that fills every second tile of one side, for both thread blocks.
-template <int kDim, int kSide>
+template <int kDim, Side kSide>
 class Expander {
  public:
   __device__ __forceinline__ Expander(const PrefillParams& p, uint32_t shared, int group, int warpgroup)
       : p_(p),
         base_(shared),
-        other_(SharedOfBlock(shared, 1 - kSide)),
+        other_(SharedOfBlock(shared, 1 - BlockOf(kSide))),
         group_(group),
         warpgroup_(warpgroup),
         thread_(static_cast<int>(threadIdx.x) % kExpandThreads),
-        place_(kOf, thread_) {}
+        place_(kSide, thread_) {}
 
   __device__ __forceinline__ void Run() {
     if (thread_ == 0) {
@@ -166,7 +167,6 @@ class Expander {
 
  private:
   using L = SharedLayout<kDim>;
-  static constexpr Side kOf = kSide == kKeySide ? Side::kK : Side::kV;
 
   __device__ __forceinline__ void ExpandBlock(const Ring<kStages>& ring, Ring<kRawStages>& raw_ring) {
     const int stage = warpgroup_ * kRawStages + raw_ring.stage;
@@ -175,8 +175,8 @@ class Expander {
     BarrierWait(base_ + L::kFree + ring.stage * 8, ring.parity ^ 1);
     const uint32_t what = LoadShared4(base_ + L::kRawBlocks + stage * 4);
     const uint32_t token_tiles = what >> 12 & 0xf;  // capacity / 16
-    const uint32_t bits = kSide == kKeySide ? what >> 16 & 0xff : what >> 24;
-    ExpandSide<kDim, kOf>(p_.codec, static_cast<int>(bits), raw, static_cast<int>(token_tiles), to, place_);
+    const uint32_t bits = kSide == Side::kK ? what >> 16 & 0xff : what >> 24;
+    ExpandSide<kDim, kSide>(p_.codec, static_cast<int>(bits), raw, static_cast<int>(token_tiles), to, place_);
     FenceProxyAsync();
     NamedBarrierSync<kExpandThreads>(kExpanded + warpgroup_);
     if (thread_ == 0) {
@@ -193,8 +193,8 @@ class Expander {
     const uint32_t full = base_ + L::Full(kSide, ring.stage);
     const uint8_t* from = RowTile<kDim>(p_, item.row_tile + tile - item.blocks, item.kv_head);
     BarrierExpect(full, L::kTileBytes);
-    BulkLoadToBlocks(base_ + L::Tile(kSide, ring.stage), from + kSide * L::kTileBytes, L::kTileBytes, full,
-                     (1 << kPair) - 1);
+    BulkLoadToBlocks(base_ + L::Tile(kSide, ring.stage), from + BlockOf(kSide) * L::kTileBytes, L::kTileBytes,
+                     full, (1 << kPair) - 1);
   }
 
   // One thread looks ahead: the next blocks of this warpgroup's tiles.
@@ -228,8 +228,8 @@ class Expander {
     const int v = SideSize(p_.codec, kDim, static_cast<int>(what >> 24), capacity);
     const uint8_t* from = p_.layer.arena +
                           static_cast<int64_t>(ahead_block_.x) * (p_.num_kv_heads * kUnitBytes) +
-                          ahead_.kv_head * (k + v) + (kSide == kKeySide ? 0 : k);
-    const auto bytes = static_cast<uint32_t>(kSide == kKeySide ? k : v);
+                          ahead_.kv_head * (k + v) + (kSide == Side::kK ? 0 : k);
+    const auto bytes = static_cast<uint32_t>(kSide == Side::kK ? k : v);
     StoreShared4(base_ + L::kRawBlocks + stage * 4, what);
     BarrierExpect(full, bytes);
     BulkLoad(base_ + L::kRaw + stage * L::kTileBytes, from, bytes, full);
@@ -255,7 +255,7 @@ class Consumer {
                                       int rank)
       : p_(p),
         base_(shared),
-        free_{SharedOfBlock(shared + L::kFree, kKeySide), SharedOfBlock(shared + L::kFree, kValueSide)},
+        free_{SharedOfBlock(shared + L::kFree, 0), SharedOfBlock(shared + L::kFree, 1)},
         group_(group),
         warpgroup_(warpgroup),
         rank_(rank) {}
@@ -267,12 +267,12 @@ class Consumer {
       Begin(item);
       const int tiles = TilesOf(item, group_);
       uint32_t even[4][4], odd[4][4];
-      WaitFor(kKeySide, keys_);
+      WaitFor(Side::kK, keys_);
       MultiplyKeys();
       const bool mask = NeedsMask(item, 0);
       WgmmaWait<0>();
       Pin(scores_);
-      Free(kKeySide, keys_);
+      Free(Side::kK, keys_);
       Softmax(item, 0, mask, even);
       for (int tile = 1;;) {
         if (tile == tiles) {
@@ -333,32 +333,32 @@ class Consumer {
   __device__ __forceinline__ void Step(const PrefillItem& item, int tile, uint32_t (&now)[4][4],
                                        uint32_t (&next)[4][4]) {
     const bool mask = NeedsMask(item, tile);
-    WaitFor(kKeySide, keys_);
+    WaitFor(Side::kK, keys_);
     NamedBarrierSync<256>(kTurn + warpgroup_);
     MultiplyKeys();
-    WaitFor(kValueSide, values_);
+    WaitFor(Side::kV, values_);
     MultiplyValues(now);
     NamedBarrierArrive<256>(kTurn + 1 - warpgroup_);
     WgmmaWait<1>();
     Pin(scores_);
-    Free(kKeySide, keys_);
+    Free(Side::kK, keys_);
     Softmax(item, tile, mask, next);
     WgmmaWait<0>();
     Pin(out_);
     Pin(now);
-    Free(kValueSide, values_);
+    Free(Side::kV, values_);
     if (raised_) Scale();
   }
   __device__ __forceinline__ void MultiplyLast(uint32_t (&weights)[4][4]) {
-    WaitFor(kValueSide, values_);
+    WaitFor(Side::kV, values_);
     MultiplyValues(weights);
     WgmmaWait<0>();
     Pin(out_);
     Pin(weights);
-    Free(kValueSide, values_);
+    Free(Side::kV, values_);
   }
   __device__ __forceinline__ void MultiplyKeys() {
-    const uint64_t keys = WgmmaDescriptor(base_ + L::Tile(kKeySide, keys_.stage));
+    const uint64_t keys = WgmmaDescriptor(base_ + L::Tile(Side::kK, keys_.stage));
     Pin(scores_);
     WgmmaFence();
 #pragma unroll
@@ -369,7 +369,7 @@ class Consumer {
     WgmmaCommit();
   }
   __device__ __forceinline__ void MultiplyValues(const uint32_t (&weights)[4][4]) {
-    const uint64_t values = WgmmaDescriptor(base_ + L::Tile(kValueSide, values_.stage));
+    const uint64_t values = WgmmaDescriptor(base_ + L::Tile(Side::kV, values_.stage));
     Pin(out_);
     WgmmaFence();
 #pragma unroll
@@ -380,14 +380,14 @@ class Consumer {
   }
   // A tile that the other thread block copies here is announced anew as soon as it has come: long before that
   // block can know that the stage is free.
-  __device__ __forceinline__ void WaitFor(int side, const Ring<kStages>& ring) {
+  __device__ __forceinline__ void WaitFor(Side side, const Ring<kStages>& ring) {
     const uint32_t full = base_ + L::Full(side, ring.stage);
     BarrierWait(full, ring.parity);
-    if (threadIdx.x == 0 && side != rank_) BarrierExpect(full, L::kTileBytes);
+    if (threadIdx.x == 0 && BlockOf(side) != rank_) BarrierExpect(full, L::kTileBytes);
   }
-  __device__ __forceinline__ void Free(int side, Ring<kStages>& ring) {
+  __device__ __forceinline__ void Free(Side side, Ring<kStages>& ring) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArriveAtBlock(free_[side] + ring.stage * 8);
+    if (threadIdx.x % 32 == 0) BarrierArriveAtBlock(free_[BlockOf(side)] + ring.stage * 8);
     ring.Advance();
   }
   // Whether some tokens of a tile are none or too late for some query. To be asked tile by tile.
@@ -533,14 +533,15 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
   const int group = p.num_heads / p.num_kv_heads, rank = BlockOfCluster();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(base + L::Full(kKeySide, i), 1);
-      BarrierInit(base + L::Full(kValueSide, i), 1);
+      BarrierInit(base + L::Full(Side::kK, i), 1);
+      BarrierInit(base + L::Full(Side::kV, i), 1);
       BarrierInit(base + L::kFree + i * 8, kPair * 8);  // warps of all consumers
     }
     for (int i = 0; i < L::kRaws; ++i) BarrierInit(base + L::kRawFull + i * 8, 1);
     FenceBarrierInit();
     FenceProxyAsync();
-    for (int i = 0; i < kStages; ++i) BarrierExpect(base + L::Full(1 - rank, i), L::kTileBytes);
+    const Side of_other = rank == BlockOf(Side::kK) ? Side::kV : Side::kK;
+    for (int i = 0; i < kStages; ++i) BarrierExpect(base + L::Full(of_other, i), L::kTileBytes);
   }
   ClusterSync();
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
@@ -549,10 +550,10 @@ __global__ void __cluster_dims__(kPair, 1, 1) __launch_bounds__(kThreads, 1)
     Consumer<kDim>(p, base, group, warp / 4, rank).Run();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-    if (rank == kKeySide) {
-      Expander<kDim, kKeySide>(p, base, group, warp / 4 - 2).Run();
+    if (rank == BlockOf(Side::kK)) {
+      Expander<kDim, Side::kK>(p, base, group, warp / 4 - 2).Run();
     } else {
-      Expander<kDim, kValueSide>(p, base, group, warp / 4 - 2).Run();
+      Expander<kDim, Side::kV>(p, base, group, warp / 4 - 2).Run();
     }
   }
   ClusterSync();  // nobody leaves while the other may still write or arrive here
