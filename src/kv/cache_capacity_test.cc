@@ -2,6 +2,7 @@
 // and a decode step costs neither memory nor time that grows with the context. Prints what it measures.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
@@ -166,8 +167,14 @@ TEST(KvDecodeTest, AllocatesNothingUnlessABlockCompletesOrATailGrows) {
 }
 
 TEST(KvDecodeTest, CostDoesNotGrowWithTheContext) {
-  const double short_context = Decode(8, 1024, 4096, false);
-  const double long_context = Decode(8, 32768, 4096, false);
+  // The fastest of three: on a busy machine the memory of a fresh cache may come slowly.
+  const auto fastest = [](int context) {
+    double time = Decode(8, context, 4096, false);
+    for (int i = 0; i < 2; ++i) time = std::min(time, Decode(8, context, 4096, false));
+    return time;
+  };
+  const double short_context = fastest(1024);
+  const double long_context = fastest(32768);
   std::printf(
       "decode: %.0f ns per token at 1k tokens of context, %.0f ns at 32k (plan, append, view, finish)\n",
       short_context, long_context);
