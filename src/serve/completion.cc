@@ -51,7 +51,13 @@ class Completion : public std::enable_shared_from_this<Completion> {
     engine_request_.timeout_seconds = request.timeout_seconds;
   }
 
+  // On the strand, so that no event overtakes what is noted here once the engine has the request.
   void Start() {
+    strand_([self = shared_from_this()] { self->Submit(); });
+  }
+
+ private:
+  void Submit() {
     for (const int32_t token : forced_) Take(parser_.Push(token));
     engine_request_.on_event = [self = shared_from_this()](TokenEvent&& event) {
       self->strand_([self, event = std::move(event)]() mutable { self->OnEvent(std::move(event)); });
@@ -66,7 +72,6 @@ class Completion : public std::enable_shared_from_this<Completion> {
     responder_->OnHangUp([engine = context_.engine, request = *id] { engine->Cancel(request); });
   }
 
- private:
   static void Join(const OutputDelta& delta, OutputDelta* whole) {
     whole->content += delta.content;
     whole->reasoning += delta.reasoning;
